@@ -12,9 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from time import monotonic
 from typing import Any
 
 import torch
@@ -93,26 +96,23 @@ def fit_map(
     if forward is None:
         forward = _default_forward(components)
     device = next((p.device for module in components.values() for p in module.parameters()), torch.device("cpu"))
+
+    def sample(x: Tensor, module: nn.Module, site: str, mask: Tensor | None) -> Tensor:
+        dim = channel_dim(module, x)
+        return samples(x, channel_dim=dim, pooling=pooling, positions=positions, seed=seed, site=site, mask=mask)
+
     fit = _Fit(
+        sample=sample,
         estimator=ESTIMATORS[method],
-        sample=lambda x, module, site, mask: samples(
-            x,
-            channel_dim=channel_dim(module, x),
-            pooling=pooling,
-            positions=positions,
-            seed=seed,
-            site=site,
-            mask=mask,
-        ),
         support=support,
         spatial=spatial,
-        causal=causal,
-        moved_sides=("source", "target") if transport_target else ("source",),
-        reserve=memory_reserve,
-        device=device,
+        moved_sides=() if not causal else ("source", "target") if transport_target else ("source",),
+        memory=_MemoryGuard(device, memory_reserve),
     )
-    with _evaluating(components), torch.no_grad(), tqdm(total=len(names), disable=not progress, desc="Fitting sites", unit="site") as bar:
-        fit.run(modules, sides, forward, bar)
+    micro_batches = [_MicroBatch(forward, batch, side) for side, batches in sides.items() for batch in batches]
+    bar = tqdm(total=len(names), disable=not progress, desc="Fitting sites", unit="site")
+    with _evaluating(components), torch.no_grad(), bar:
+        fit.run(modules, micro_batches, bar)
     unreached = [site for site in names if site not in fit.maps]
     if unreached and (sites is not None or not fit.maps):
         raise ValueError(
@@ -132,31 +132,204 @@ def fit_map(
             transport_target=transport_target,
             seed=seed,
             architecture={name: type(module).__name__ for name, module in components.items()},
-            n_source=(metadata and metadata.n_source) or fit.rows["source"],
-            n_target=(metadata and metadata.n_target) or fit.rows["target"],
+            n_source=(metadata and metadata.n_source) or len(source),
+            n_target=(metadata and metadata.n_target) or len(target),
             costs=fit.costs,
             libraries=_library_versions(),
         ),
     )
 
 
-@dataclass
-class _Run(greenlet):
-    """One micro-batch on its way through the model."""
+class _MicroBatch(greenlet):
+    """One micro-batch on its way through the model; switching to it runs it until it waits at a site, or to the end."""
+
+    def __init__(self, forward: Forward, batch: Batch, side: str) -> None:
+        super().__init__()
+        self.gr_context = copy_context()
+        self.forward, self.batch, self.side = forward, batch, side
+        self.mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+
+    def run(self) -> None:
+        self.forward(self.batch)
 
 
 @dataclass
 class _Fit:
-    """State of one fit: what has been fitted, and which micro-batch waits where."""
+    """State of one fit. `moved_sides` are those whose activations the fitted maps move on the way."""
 
-    estimator: Callable[[Tensor, Tensor], AffineMap]
     sample: Callable[[Tensor, nn.Module, str, Tensor | None], Tensor]
+    estimator: Callable[[Tensor, Tensor], AffineMap]
     support: str | tuple[float, float]
     spatial: str
-    causal: bool
     moved_sides: tuple[str, ...]
-    reserve: float
-    device: torch.device
+    memory: _MemoryGuard
     maps: dict[str, AffineMap] = field(default_factory=dict)
     costs: dict[str, tuple[float, float]] = field(default_factory=dict)
-    rows: dict[str, int] = field(default_factory=lambda: {"source": 0, "target": 0})
+
+    def run(self, modules: Mapping[str, nn.Module], waiting: list[_MicroBatch], bar: tqdm) -> None:
+        """Move all micro-batches from site to site, in step, until every site is fitted or the forwards end."""
+        detach = [attach(module, partial(self._at_site, site)) for site, module in modules.items()]
+        try:
+            while len(self.maps) < len(modules) and (arrivals := self._advance(waiting)):
+                site = arrivals[0][0]
+                by_side: dict[str, list[Tensor]] = {"source": [], "target": []}
+                for (_, pooled), micro_batch in zip(arrivals, waiting, strict=True):
+                    by_side[micro_batch.side].append(pooled)
+                self._fit_site(site, torch.cat(by_side["source"]), torch.cat(by_side["target"]))
+                bar.update()
+        finally:
+            for undo in detach:
+                undo()
+            for micro_batch in waiting:
+                if micro_batch:  # started and not finished: unwind its forward
+                    micro_batch.throw(GreenletExit)
+
+    def _at_site(self, site: str, module: nn.Module, output: Any) -> Any:
+        """The hook on every site: hand samples over and wait for the map at the first visit, apply it at every visit."""
+        micro_batch = getcurrent()
+        if not isinstance(micro_batch, _MicroBatch):
+            return output
+        x = read_output(module, output, site)
+        if site not in self.maps:
+            micro_batch.parent.switch((site, self.sample(x, module, site, micro_batch.mask)))
+        if micro_batch.side not in self.moved_sides:
+            return output
+        fitted = self.maps[site]
+        moved = transport(
+            x,
+            fitted.scale,
+            fitted.shift,
+            fitted.lower,
+            fitted.upper,
+            channel_dim=channel_dim(module, x),
+            spatial=self.spatial,
+        )
+        return replace_output(module, output, site, moved)
+
+    def _advance(self, micro_batches: list[_MicroBatch]) -> list[tuple[str, Tensor]]:
+        """Run every micro-batch to its next site; an empty list means that all forwards have ended.
+
+        Raises:
+            ValueError: if they do not all arrive at the same site.
+            MemoryError: if too little memory is left.
+        """
+        arrivals = []
+        for count, micro_batch in enumerate(micro_batches, 1):
+            arrivals.append(micro_batch.switch())
+            self.memory.check(count, len(micro_batches))
+        places = {arrival[0] if arrival else "the end" for arrival in arrivals}
+        if len(places) > 1:
+            raise ValueError(
+                f"micro-batches take different paths through the model: some arrive at {' and others at '.join(sorted(places))}; "
+                "fit sites that every prompt visits in the same order"
+            )
+        return [] if places == {"the end"} else arrivals
+
+    def _fit_site(self, site: str, source: Tensor, target: Tensor) -> None:
+        try:
+            fitted = self.estimator(source, target)
+        except ValueError as error:
+            raise ValueError(f"{site}: {error}") from None
+        bounds = support_bounds(source, self.support)
+        if bounds is not None:
+            fitted = AffineMap(fitted.scale, fitted.shift, *bounds)
+        self.maps[site] = fitted
+        self.costs[site] = transport_costs(source, target, fitted)
+
+
+@dataclass
+class _MemoryGuard:
+    """Ends a fit before the device's memory runs out. `reserve` is the fraction that must stay free."""
+
+    device: torch.device
+    reserve: float
+    _next_check: float = 0.0
+
+    def check(self, waiting: int, total: int) -> None:
+        """Raise MemoryError when less than the reserve is free; looks at most twenty times a second."""
+        now = monotonic()
+        if now < self._next_check:
+            return
+        self._next_check = now + 0.05
+        free, size = available_memory(self.device)
+        if size and free < self.reserve * size:
+            raise MemoryError(
+                f"only {free / 2**30:.1f} of {size / 2**30:.1f} GiB are free on {self.device} while {waiting} of {total} "
+                "micro-batches have reached a site: the live activations of every prompt wait there. Fit on fewer prompts or "
+                "timesteps, at a smaller size, in half precision, or with smaller `positions`; a smaller `batch_size` lowers "
+                "only what one forward needs on top"
+            )
+
+
+def _check_modes(method: str, pooling: str, positions: int | None, spatial: str) -> None:
+    for value, name, known in (
+        (method, "method", tuple(ESTIMATORS)),
+        (pooling, "pooling", POOLINGS),
+        (spatial, "spatial", SPATIAL_RULES),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    if positions is not None and positions < 1:
+        raise ValueError(f"positions must be at least 1, or None for all, got {positions}")
+
+
+def _micro_batches(batches: Sequence[Batch], batch_size: int | None, side: str) -> list[Batch]:
+    """The micro-batches of one side, cut to at most `batch_size` rows."""
+    if isinstance(batches, (str, Mapping)) or not isinstance(batches, Sequence):
+        raise ValueError(f"{side} must be a sequence of micro-batches, got {type(batches).__name__}; wrap a single one in a list")
+    if not batches:
+        raise ValueError(f"the {side} set is empty: give at least one micro-batch of {side} prompts")
+    if batch_size is None:
+        return list(batches)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    return [
+        _rows(batch, start, start + batch_size)
+        for batch in batches
+        for start in range(0, _row_count(batch), batch_size)
+    ]
+
+
+def _row_count(batch: Batch) -> int:
+    """Rows of a micro-batch that is a tensor, a list, or a mapping of those."""
+    values = batch.values() if isinstance(batch, Mapping) else [batch]
+    counts = {len(value) for value in values if isinstance(value, (Tensor, list, tuple))}
+    if len(counts) != 1:
+        raise ValueError(f"cannot count the rows of a micro-batch ({type(batch).__name__}): its entries have {sorted(counts)} rows")
+    return counts.pop()
+
+
+def _rows(batch: Batch, start: int, stop: int) -> Batch:
+    if isinstance(batch, Mapping):
+        return {k: v[start:stop] if isinstance(v, (Tensor, list, tuple)) else v for k, v in batch.items()}
+    return batch[start:stop]
+
+
+def _default_forward(components: Components) -> Forward:
+    if len(components) != 1:
+        raise ValueError(f"with several components ({', '.join(components)}) give `forward`, which runs them on a micro-batch")
+    (model,) = components.values()
+    return lambda batch: model(**batch) if isinstance(batch, Mapping) else model(batch)
+
+
+@contextmanager
+def _evaluating(components: Components) -> Iterator[None]:
+    """All modules in eval mode, so that dropout does not enter the statistics; each mode is restored after."""
+    training = [m for root in components.values() for m in root.modules() if m.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _library_versions() -> dict[str, str]:
+    versions = {}
+    for package in ("actmaps", "torch", "diffusers", "transformers"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions

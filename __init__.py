@@ -1,0 +1,39 @@
+"""AcT Maps: Activation Transport for image and language models.
+
+Importing this package imports neither diffusers, transformers nor ComfyUI; names load when first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .maps import ESTIMATORS, ActMap, ActMapMetadata, AffineMap, Steering, find_sites, fit_map, steer
+    from .pipelines import ACTMixin, StableDiffusionACTPipeline
+
+__version__ = "0.1.0"
+
+_HOME = {
+    **dict.fromkeys(
+        ("ESTIMATORS", "ActMap", "ActMapMetadata", "AffineMap", "Steering", "find_sites", "fit_map", "steer"), ".maps"
+    ),
+    **dict.fromkeys(("ACTMixin", "StableDiffusionACTPipeline"), ".pipelines"),
+}
+
+__all__ = [
+    "ESTIMATORS",
+    "ACTMixin",
+    "ActMap",
+    "ActMapMetadata",
+    "AffineMap",
+    "StableDiffusionACTPipeline",
+    "Steering",
+    "find_sites",
+    "fit_map",
+    "steer",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name], __name__), name)

@@ -1,0 +1,10 @@
+"""Activation Transport maps: fit, store, combine and apply them. Needs torch, safetensors, greenlet and tqdm only."""
+
+from .act_map import ActMap, ActMapMetadata
+from .affine import AffineMap
+from .estimators import ESTIMATORS
+from .fitting import fit_map
+from .sites import find_sites
+from .steering import Steering, steer
+
+__all__ = ["ESTIMATORS", "ActMap", "ActMapMetadata", "AffineMap", "Steering", "find_sites", "fit_map", "steer"]

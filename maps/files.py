@@ -1,0 +1,161 @@
+"""The file format: one safetensors file per map, readable without this package.
+
+Tensors `<site>.scale`, `<site>.shift` and, with a support, `<site>.lower`, `<site>.upper`, all float32 of shape (C,).
+String metadata: `format` = "pt" and `actmaps`, a JSON object with `format_version`, the order of the `sites`, their unit
+counts, and the fields of `ActMapMetadata`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict, fields
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .act_map import ActMap, ActMapMetadata
+from .affine import AffineMap
+
+FORMAT_VERSION = 1
+DEFAULT_FILENAME = "act_map.safetensors"
+MAX_BYTES = 2**30  # two hundred times the map of all norms of SDXL
+
+
+def save(act_map: ActMap, path: str | PathLike[str]) -> None:
+    """Write `act_map` to `path`. The file appears complete or not at all.
+
+    Raises:
+        ValueError: if `path` does not end in .safetensors.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"act maps are .safetensors files, got {path.name!r}")
+    tensors = {}
+    for site, affine in act_map.items():
+        for part in ("scale", "shift", "lower", "upper"):
+            if (values := getattr(affine, part)) is not None:
+                tensors[f"{site}.{part}"] = values.cpu().contiguous().clone()
+    header = {
+        "format_version": FORMAT_VERSION,
+        "sites": {site: affine.channels for site, affine in act_map.items()},
+        **asdict(act_map.metadata),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(suffix=".safetensors.tmp", dir=path.parent)
+    os.close(descriptor)
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt", "actmaps": json.dumps(header)})
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def load(
+    path_or_hub_id: str | PathLike[str], *, filename: str | None = None, revision: str | None = None
+) -> ActMap:
+    """Read a map.
+
+    Args:
+        path_or_hub_id: a file, a folder that holds one, or the id of a hub repository ("user/name").
+        filename: file inside the folder or repository; default `act_map.safetensors`.
+        revision: branch, tag or commit of the repository.
+
+    Raises:
+        FileNotFoundError: if there is no such file or repository.
+        ValueError: if the file is damaged, no act map, of a newer format, or inconsistent; the message names what is wrong.
+    """
+    path = _local_path(path_or_hub_id, filename, revision)
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, more than an act map can have; is it a model?")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = _header(path, file.metadata() or {})
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no safetensors file ({error}); download or save it again") from None
+    return ActMap(_maps(path, header, tensors), _metadata(path, header))
+
+
+def push_to_hub(
+    act_map: ActMap, repo_id: str, *, filename: str = DEFAULT_FILENAME, private: bool = False, token: str | None = None
+) -> str:
+    """Upload `act_map` as one file to the hub repository `repo_id`, which is created if need be; returns the commit's URL."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, filename)
+        save(act_map, path)
+        commit = api.upload_file(path_or_fileobj=path, path_in_repo=filename, repo_id=repo_id)
+    return str(commit.commit_url)
+
+
+def _local_path(path_or_hub_id: str | PathLike[str], filename: str | None, revision: str | None) -> Path:
+    path = Path(path_or_hub_id)
+    if path.is_dir():
+        path = path / (filename or DEFAULT_FILENAME)
+    if path.is_file():
+        return path
+    name = str(path_or_hub_id)
+    if isinstance(path_or_hub_id, PathLike) or name.endswith(".safetensors") or name.count("/") != 1 or name[0] in "./~":
+        raise FileNotFoundError(f"there is no act map file {path}")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(name, filename or DEFAULT_FILENAME, revision=revision))
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(f"{name!r} is no local file and could not be had from the hub: {error}") from error
+
+
+def _header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    if "actmaps" not in metadata:
+        raise ValueError(f"{path} is a safetensors file but no act map (its metadata lacks 'actmaps'); is it a LoRA or a model?")
+    try:
+        header = json.loads(metadata["actmaps"])
+        format_version, sites = header["format_version"], header["sites"]
+        well_formed = isinstance(sites, dict) and all(isinstance(count, int) for count in sites.values())
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"the metadata of {path} is damaged ({error!r})") from None
+    if format_version != FORMAT_VERSION:
+        raise ValueError(f"{path} has act map format {format_version}, this version reads {FORMAT_VERSION}; update actmaps")
+    if not well_formed:
+        raise ValueError(f"the metadata of {path} is damaged: 'sites' must map site names to unit counts")
+    return header
+
+
+def _maps(path: Path, header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, AffineMap]:
+    maps = {}
+    for site, channels in header["sites"].items():
+        parts = {part: tensors.pop(f"{site}.{part}", None) for part in ("scale", "shift", "lower", "upper")}
+        if parts["scale"] is None or parts["shift"] is None:
+            raise ValueError(f"{path} lacks scale or shift of {site}")
+        if parts["scale"].shape != (channels,):
+            raise ValueError(f"{path}: {site} has shape {tuple(parts['scale'].shape)}, its metadata says {channels} units")
+        try:
+            maps[site] = AffineMap(**parts)
+        except ValueError as error:
+            raise ValueError(f"{path}: {site}: {error}") from None
+    if tensors:
+        raise ValueError(f"{path} has tensors that belong to no site, for example {next(iter(tensors))}")
+    return maps
+
+
+def _metadata(path: Path, header: dict[str, Any]) -> ActMapMetadata:
+    """The known fields; JSON lists become tuples. Fields of later minor versions are ignored."""
+    known = {field.name for field in fields(ActMapMetadata)}
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in header.items() if key in known}
+    for key in ("architecture", "libraries", "costs"):
+        if not isinstance(values.get(key, {}), dict):
+            raise ValueError(f"the metadata of {path} is damaged: {key!r} must be an object")
+    values["costs"] = {site: tuple(cost) for site, cost in values.get("costs", {}).items()}
+    return ActMapMetadata(**values)
