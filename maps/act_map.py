@@ -116,9 +116,7 @@ class ActMap(Mapping[str, AffineMap]):
 
         return push_to_hub(self, repo_id, **options)
 
-    def select(
-        self, include: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None
-    ) -> ActMap:
+    def select(self, include: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None) -> ActMap:
         """The sites that match `include` (suffix list or full-match regex, None = all) and not `exclude`.
 
         Raises:
@@ -179,7 +177,9 @@ class ActMap(Mapping[str, AffineMap]):
         blended: dict[str, AffineMap] = {}
         for act_map, weight in weights.items():
             if act_map.metadata.spatial != first.metadata.spatial:
-                raise ValueError("maps with different spatial rules cannot be blended; steer with {map: strength} instead")
+                raise ValueError(
+                    "maps with different spatial rules cannot be blended; steer with {map: strength} instead"
+                )
             for site, affine in act_map.items():
                 if site not in blended:
                     blended[site] = affine.at(weight)

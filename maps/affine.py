@@ -76,7 +76,9 @@ class AffineMap:
             values = torch.as_tensor(values).detach().to(torch.float32)
             object.__setattr__(self, name, values)
             if values.ndim != 1 or values.shape != self.scale.shape:
-                raise ValueError(f"{name} has shape {tuple(values.shape)}, expected {tuple(self.scale.shape)} like scale")
+                raise ValueError(
+                    f"{name} has shape {tuple(values.shape)}, expected {tuple(self.scale.shape)} like scale"
+                )
             if not torch.isfinite(values).all():
                 raise ValueError(f"{name} has entries that are not finite")
 
@@ -103,7 +105,9 @@ class AffineMap:
         if strength == 0:
             return x
         if x.shape[channel_dim] != self.channels:
-            raise ValueError(f"the map has {self.channels} units, x has {x.shape[channel_dim]} along dim {channel_dim}")
+            raise ValueError(
+                f"the map has {self.channels} units, x has {x.shape[channel_dim]} along dim {channel_dim}"
+            )
         at = self.at(strength).to(x.device)
         return transport(x, at.scale, at.shift, at.lower, at.upper, channel_dim=channel_dim)
 
@@ -115,7 +119,9 @@ class AffineMap:
         """
         zero = (self.scale == 0).nonzero().flatten().tolist()
         if zero:
-            raise ValueError(f"units {zero[:5]} have scale 0 and no inverse; fit the map with the prompt sets exchanged")
+            raise ValueError(
+                f"units {zero[:5]} have scale 0 and no inverse; fit the map with the prompt sets exchanged"
+            )
         inverse = AffineMap(1 / self.scale, -self.shift / self.scale)
         if self.lower is None or self.upper is None:
             return inverse
@@ -132,11 +138,13 @@ class AffineMap:
             raise ValueError(f"cannot compose maps of {self.channels} and {other.channels} units")
         if other.lower is not None:
             raise ValueError("cannot fold a map with a support behind another one; steer with both maps instead")
-        return AffineMap(
-            other.scale * self.scale, other.scale * self.shift + other.shift, self.lower, self.upper
-        )
+        return AffineMap(other.scale * self.scale, other.scale * self.shift + other.shift, self.lower, self.upper)
 
     def to(self, device: torch.device | str) -> AffineMap:
         """The same map on `device`."""
-        bounds = (None, None) if self.lower is None or self.upper is None else (self.lower.to(device), self.upper.to(device))
+        bounds = (
+            (None, None)
+            if self.lower is None or self.upper is None
+            else (self.lower.to(device), self.upper.to(device))
+        )
         return AffineMap(self.scale.to(device), self.shift.to(device), *bounds)

@@ -58,9 +58,7 @@ def save(act_map: ActMap, path: str | PathLike[str]) -> None:
         raise
 
 
-def load(
-    path_or_hub_id: str | PathLike[str], *, filename: str | None = None, revision: str | None = None
-) -> ActMap:
+def load(path_or_hub_id: str | PathLike[str], *, filename: str | None = None, revision: str | None = None) -> ActMap:
     """Read a map.
 
     Args:
@@ -106,7 +104,12 @@ def _local_path(path_or_hub_id: str | PathLike[str], filename: str | None, revis
     if path.is_file():
         return path
     name = str(path_or_hub_id)
-    if isinstance(path_or_hub_id, PathLike) or name.endswith(".safetensors") or name.count("/") != 1 or name[0] in "./~":
+    if (
+        isinstance(path_or_hub_id, PathLike)
+        or name.endswith(".safetensors")
+        or name.count("/") != 1
+        or name[0] in "./~"
+    ):
         raise FileNotFoundError(f"there is no act map file {path}")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -119,7 +122,9 @@ def _local_path(path_or_hub_id: str | PathLike[str], filename: str | None, revis
 
 def _header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     if "actmaps" not in metadata:
-        raise ValueError(f"{path} is a safetensors file but no act map (its metadata lacks 'actmaps'); is it a LoRA or a model?")
+        raise ValueError(
+            f"{path} is a safetensors file but no act map (its metadata lacks 'actmaps'); is it a LoRA or a model?"
+        )
     try:
         header = json.loads(metadata["actmaps"])
         format_version, sites = header["format_version"], header["sites"]
@@ -127,7 +132,9 @@ def _header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"the metadata of {path} is damaged ({error!r})") from None
     if format_version != FORMAT_VERSION:
-        raise ValueError(f"{path} has act map format {format_version}, this version reads {FORMAT_VERSION}; update actmaps")
+        raise ValueError(
+            f"{path} has act map format {format_version}, this version reads {FORMAT_VERSION}; update actmaps"
+        )
     if not well_formed:
         raise ValueError(f"the metadata of {path} is damaged: 'sites' must map site names to unit counts")
     return header
@@ -140,7 +147,9 @@ def _maps(path: Path, header: dict[str, Any], tensors: dict[str, torch.Tensor]) 
         if parts["scale"] is None or parts["shift"] is None:
             raise ValueError(f"{path} lacks scale or shift of {site}")
         if parts["scale"].shape != (channels,):
-            raise ValueError(f"{path}: {site} has shape {tuple(parts['scale'].shape)}, its metadata says {channels} units")
+            raise ValueError(
+                f"{path}: {site} has shape {tuple(parts['scale'].shape)}, its metadata says {channels} units"
+            )
         try:
             maps[site] = AffineMap(**parts)
         except ValueError as error:

@@ -92,7 +92,10 @@ def fit_map(
     components = as_components(model)
     names = find_sites(components, sites)
     modules = resolve(components, names, "the list of sites")
-    sides = {"source": _micro_batches(source, batch_size, "source"), "target": _micro_batches(target, batch_size, "target")}
+    sides = {
+        "source": _micro_batches(source, batch_size, "source"),
+        "target": _micro_batches(target, batch_size, "target"),
+    }
     if forward is None:
         forward = _default_forward(components)
     device = next((p.device for module in components.values() for p in module.parameters()), torch.device("cpu"))
@@ -276,7 +279,9 @@ def _check_modes(method: str, pooling: str, positions: int | None, spatial: str)
 def _micro_batches(batches: Sequence[Batch], batch_size: int | None, side: str) -> list[Batch]:
     """The micro-batches of one side, cut to at most `batch_size` rows."""
     if isinstance(batches, (str, Mapping)) or not isinstance(batches, Sequence):
-        raise ValueError(f"{side} must be a sequence of micro-batches, got {type(batches).__name__}; wrap a single one in a list")
+        raise ValueError(
+            f"{side} must be a sequence of micro-batches, got {type(batches).__name__}; wrap a single one in a list"
+        )
     if not batches:
         raise ValueError(f"the {side} set is empty: give at least one micro-batch of {side} prompts")
     if batch_size is None:
@@ -295,7 +300,9 @@ def _row_count(batch: Batch) -> int:
     values = batch.values() if isinstance(batch, Mapping) else [batch]
     counts = {len(value) for value in values if isinstance(value, (Tensor, list, tuple))}
     if len(counts) != 1:
-        raise ValueError(f"cannot count the rows of a micro-batch ({type(batch).__name__}): its entries have {sorted(counts)} rows")
+        raise ValueError(
+            f"cannot count the rows of a micro-batch ({type(batch).__name__}): its entries have {sorted(counts)} rows"
+        )
     return counts.pop()
 
 
@@ -307,7 +314,9 @@ def _rows(batch: Batch, start: int, stop: int) -> Batch:
 
 def _default_forward(components: Components) -> Forward:
     if len(components) != 1:
-        raise ValueError(f"with several components ({', '.join(components)}) give `forward`, which runs them on a micro-batch")
+        raise ValueError(
+            f"with several components ({', '.join(components)}) give `forward`, which runs them on a micro-batch"
+        )
     (model,) = components.values()
     return lambda batch: model(**batch) if isinstance(batch, Mapping) else model(batch)
 

@@ -157,7 +157,8 @@ def find_sites(
     Args:
         model: a module, or {component name: module}.
         patterns: list of names or suffixes, or a full-match regular expression; None takes all normalisation layers,
-            which the paper (section 4) finds best for U-Nets and language models.
+            which the paper (section 4) finds best for U-Nets and language models. The name of a component stands for
+            its normalisation layers.
         example: one input (a mapping is passed as keywords), or a function that runs the forward. With it the sites come in
             execution order and those that the forward does not reach are left out; without it they come in registration
             order, which in a U-Net differs.
@@ -167,19 +168,30 @@ def find_sites(
     """
     components = as_components(model)
     modules = site_modules(components)
+    norms = [site for site, module in modules.items() if is_norm(module)]
     if patterns is None:
-        sites = [site for site, module in modules.items() if is_norm(module)]
-        if not sites:
+        if not norms:
             raise ValueError(f"no normalisation layer in {', '.join(components)}; name the sites")
+        sites = norms
     else:
         named = [name for site, module in modules.items() for name in _site_and_streams(site, module)]
-        sites = match_sites(named, patterns)
+        sites = match_sites(named, _expanded(patterns, components, norms))
     if example is None:
         return sites
     reached = _trace(components, modules, sites, example)
     if not reached:
         raise ValueError(f"the example input reaches none of the {len(sites)} matching sites, for example {sites[0]}")
     return reached
+
+
+def _expanded(patterns: str | Sequence[str], components: Components, norms: Sequence[str]) -> str | list[str]:
+    """`patterns` with component names replaced by the names of their normalisation layers."""
+    if isinstance(patterns, str) and patterns not in components:
+        return patterns
+    expanded: list[str] = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        expanded += [n for n in norms if n.startswith(f"{pattern}.")] if pattern in components else [pattern]
+    return expanded
 
 
 def _site_and_streams(site: str, module: nn.Module) -> list[str]:
@@ -233,7 +245,9 @@ def resolve(components: Components, sites: Sequence[str], owner: str) -> dict[st
         path, _, stream = site.partition(":")
         streams = stream_names(modules[path])
         if stream and stream not in streams:
-            raise ValueError(f"{site}: {type(modules[path]).__name__} has no stream {stream!r} ({', '.join(streams) or 'one output'})")
+            raise ValueError(
+                f"{site}: {type(modules[path]).__name__} has no stream {stream!r} ({', '.join(streams) or 'one output'})"
+            )
         resolved[site] = modules[path]
     return resolved
 

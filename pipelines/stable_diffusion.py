@@ -1,0 +1,213 @@
+"""Stable Diffusion 1.x and 2.x with act maps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+from tqdm import tqdm
+
+from ..maps import ActMap, ActMapMetadata, find_sites, fit_map
+from .mixin import ACTMixin, as_prompts
+
+
+class StableDiffusionACTPipeline(ACTMixin, StableDiffusionPipeline):
+    """`StableDiffusionPipeline` steered by act maps on its text encoder and U-Net.
+
+    Example:
+        >>> pipe = StableDiffusionACTPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
+        >>> pipe.fit_act_map(["a cat", "a house"], ["a cat, watercolor", "a house, watercolor"], name="watercolor")
+        >>> image = pipe("a dog", act_strength=0.8).images[0]
+    """
+
+    def fit_act_map(
+        self,
+        source_prompts: Iterable[str],
+        target_prompts: Iterable[str],
+        *,
+        name: str | None = None,
+        sites: str | Sequence[str] | None = None,
+        method: str = "linear",
+        timesteps: int | Sequence[float] = 3,
+        num_inference_steps: int = 20,
+        guidance_scale: float | None = None,
+        rows: str = "cond",
+        seed: int = 0,
+        height: int | None = None,
+        width: int | None = None,
+        batch_size: int = 8,
+        progress: bool = True,
+        **fit_options: Any,
+    ) -> ActMap:
+        """Fit a map from two prompt sets, and load it under `name`.
+
+        The latents of an unsteered sampling run of every prompt are recorded at the chosen timesteps, prompt i of both sets
+        starting from the same noise; then one pass over all (prompt, timestep) pairs fits every site.
+
+        Args:
+            source_prompts, target_prompts: what the model does now, and what it should do. The numbers may differ.
+            name: name of the map, under which it is loaded and active; with None it is only returned.
+            sites: component names ("unet", "text_encoder"), suffixes, or a full-match regular expression; None takes all
+                normalisation layers of both.
+            method: "linear", "mean" or "gaussian".
+            timesteps: how many timesteps, spread over the run from pure noise on, or their fractions of the run: 0 is pure
+                noise. (0.0,) is the paper's way and needs no sampling.
+            num_inference_steps, guidance_scale: of the sampling run; guidance None takes the pipeline's default.
+            rows: "cond" fits and steers the conditional rows of classifier-free guidance, "both" all rows.
+            seed: of the noise (prompt i has seed + i) and of the draw of positions.
+            height, width: image size in pixels; default the model's.
+            batch_size: prompts per micro-batch.
+            progress: show progress bars.
+            **fit_options: `pooling`, `positions`, `support`, `spatial`, `causal`, `transport_target`, see `fit_map`.
+
+        Returns:
+            The `ActMap`.
+
+        Raises:
+            ValueError: for empty prompt sets, unknown options, sites or timesteps.
+        """
+        prompts = {
+            "source": as_prompts(source_prompts, "source"),
+            "target": as_prompts(target_prompts, "target"),
+        }
+        if rows not in ("cond", "both"):
+            raise ValueError(f'rows must be "cond" or "both", got {rows!r}')
+        if name is not None and name in self._act_maps:
+            raise ValueError(f"an act map named {name!r} is already loaded; delete it first or choose another name")
+        fractions = _fractions(timesteps)
+        components = {"text_encoder": self.text_encoder, "unet": self.unet}
+        names = find_sites(components, sites)
+        if not any(site.startswith("unet.") for site in names):
+            fractions = ()  # the U-Net need not run at all
+        runs = _SamplingRuns(self, num_inference_steps, guidance_scale, seed, height, width)
+        micro_batches: dict[str, list[dict[str, Any]]] = {"source": [], "target": []}
+        total = sum(map(len, prompts.values()))
+        with tqdm(total=total, desc="Recording latents", unit="prompt", disable=not progress or not fractions) as bar:
+            for side, side_prompts in prompts.items():
+                for start in range(0, len(side_prompts), batch_size):
+                    chunk = side_prompts[start : start + batch_size]
+                    latents, times = runs.record(chunk, start, fractions) if fractions else (None, None)
+                    micro_batches[side].append({"prompts": chunk, "latents": latents, "timesteps": times})
+                    bar.update(len(chunk))
+        metadata = ActMapMetadata(
+            name=name or "act_map",
+            timesteps=fractions,
+            rows=rows,
+            model_name=str(self.config.get("_name_or_path") or type(self).__name__),
+            n_source=len(prompts["source"]),
+            n_target=len(prompts["target"]),
+            prompts_hash=hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )
+        act_map = fit_map(
+            components,
+            micro_batches["source"],
+            micro_batches["target"],
+            sites=names,
+            forward=lambda batch: self._denoise(batch, rows),
+            method=method,
+            seed=seed,
+            progress=progress,
+            metadata=metadata,
+            **fit_options,
+        )
+        if name is not None:
+            self.load_act_map(act_map, name)
+        return act_map
+
+    def _denoise(self, batch: dict[str, Any], rows: str) -> None:
+        """Encode the prompts of a micro-batch and run the U-Net once on all its recorded latents."""
+        embeds, negative_embeds = self.encode_prompt(batch["prompts"], self._execution_device, 1, rows == "both")
+        if batch["latents"] is None:
+            return
+        count = len(batch["timesteps"])
+        latents = batch["latents"].flatten(0, 1)
+        timesteps = batch["timesteps"].repeat(len(batch["prompts"]))
+        embeds = embeds.repeat_interleave(count, 0)
+        if rows == "both":
+            embeds = torch.cat([negative_embeds.repeat_interleave(count, 0), embeds])
+            latents, timesteps = latents.repeat(2, 1, 1, 1), timesteps.repeat(2)
+        self.unet(latents, timesteps, encoder_hidden_states=embeds, return_dict=False)
+
+
+@dataclass
+class _SamplingRuns:
+    """Unsteered sampling runs whose U-Net inputs are recorded."""
+
+    pipe: StableDiffusionACTPipeline
+    num_inference_steps: int
+    guidance_scale: float | None
+    seed: int
+    height: int | None
+    width: int | None
+
+    @torch.no_grad()
+    def record(self, prompts: list[str], first_index: int, fractions: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """U-Net inputs (prompts, timesteps, C, h, w) and the timesteps (timesteps,) at `fractions` of the run."""
+        pipe = self.pipe
+        steps = sorted({min(int(f * self.num_inference_steps), self.num_inference_steps - 1) for f in fractions})
+        latents: list[Tensor] = []
+        timesteps: list[Tensor] = []
+        calls = 0
+
+        def keep(_module: Any, args: tuple[Any, ...]) -> None:
+            nonlocal calls
+            if calls in steps:
+                latents.append(args[0][-len(prompts) :])  # the conditional half, under guidance
+                timesteps.append(torch.as_tensor(args[1], device=args[0].device))
+            calls += 1
+
+        def stop(pipeline: Any, step: int, _timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+            pipeline._interrupt = step >= steps[-1]
+            return kwargs
+
+        options = {} if self.guidance_scale is None else {"guidance_scale": self.guidance_scale}
+        config = dict(getattr(pipe, "_progress_bar_config", {}))
+        handle = pipe.unet.register_forward_pre_hook(keep)
+        pipe.set_progress_bar_config(disable=True)
+        try:
+            StableDiffusionPipeline.__call__(
+                pipe,
+                prompts,
+                height=self.height,
+                width=self.width,
+                num_inference_steps=self.num_inference_steps,
+                latents=self._noise(len(prompts), first_index),
+                output_type="latent",
+                callback_on_step_end=stop,
+                **options,
+            )
+        finally:
+            handle.remove()
+            pipe.set_progress_bar_config(**config)
+        return torch.stack(latents, dim=1), torch.stack(timesteps)
+
+    def _noise(self, count: int, first_index: int) -> Tensor:
+        """Initial noise, seeded per prompt so that it depends neither on the batch size nor on the prompt set."""
+        pipe, size = self.pipe, self.pipe.unet.config.sample_size
+        sizes = (size, size) if isinstance(size, int) else tuple(size)
+        pixels = (self.height, self.width)
+        h, w = (p // pipe.vae_scale_factor if p else s for p, s in zip(pixels, sizes, strict=True))
+        generators = [torch.Generator().manual_seed(self.seed + first_index + i) for i in range(count)]
+        shape = (count, pipe.unet.config.in_channels, h, w)
+        return randn_tensor(shape, generators, torch.device("cpu"), pipe.unet.dtype).to(pipe._execution_device)
+
+
+def _fractions(timesteps: int | Sequence[float]) -> tuple[float, ...]:
+    """Fractions of the sampling run in [0, 1) at which latents are recorded."""
+    if isinstance(timesteps, int):
+        if timesteps < 1:
+            raise ValueError(f"timesteps must be at least 1, got {timesteps}")
+        return tuple(i / timesteps for i in range(timesteps))
+    fractions = tuple(sorted(float(f) for f in timesteps))
+    if not fractions or not all(0 <= f < 1 for f in fractions):
+        raise ValueError(f"timesteps must be fractions of the run in [0, 1), 0 being pure noise; got {timesteps!r}")
+    return fractions
