@@ -51,7 +51,10 @@ def samples(
     x = x.float()
     if real is None:
         reduce: dict[str, Callable[[], Tensor]] = {
-            "mean": lambda: x.mean(1), "last": lambda: x[:, -1], "max": lambda: x.amax(1), "min": lambda: x.amin(1)
+            "mean": lambda: x.mean(1),
+            "last": lambda: x[:, -1],
+            "max": lambda: x.amax(1),
+            "min": lambda: x.amin(1),
         }
         return reduce[pooling]()
     keep = real[..., None]
