@@ -1,0 +1,44 @@
+# make demo    fit a style and a negation on the bundled model, write maps and pictures to actmaps-demo/
+# make test    run the tests
+# make check   ruff and mypy
+# Each sets up a virtual environment in .venv first; PYTHON=python3.12 chooses another interpreter.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test check bench docs clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	$(BIN)/actmaps demo --output actmaps-demo
+
+test: $(VENV)/.installed-test
+	$(BIN)/pytest
+
+# mypy wants the package under its own name, whatever this folder is called.
+check: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	mkdir -p $(VENV)/typecheck && ln -sfn $(CURDIR) $(VENV)/typecheck/actmaps
+	cd $(VENV)/typecheck && ../bin/mypy --config-file $(CURDIR)/pyproject.toml -p actmaps.maps -p actmaps.pipelines -p actmaps.evaluation -m actmaps.cli
+
+bench: $(VENV)/.installed-test
+	$(BIN)/python benchmarks/fit_cost.py
+	$(BIN)/python benchmarks/steering_quality.py
+
+# torch comes first and alone, so that no other requirement pulls a build of its own.
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable ".[test,bench]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info actmaps-demo
