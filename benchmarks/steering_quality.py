@@ -1,0 +1,316 @@
+"""Does it steer? The demo model, judged by its judges, on subjects and seeds that no map was fitted on.
+
+    python benchmarks/steering_quality.py                 # all three tables, about an hour on two cores
+    python benchmarks/steering_quality.py styles --subjects 16
+    python benchmarks/steering_quality.py ablation --json results.json   # resumes where it stopped
+
+Tables:
+    styles    every style at strengths 0 to 1.5, beside the style in the prompt
+    ablation  one change at a time from the defaults: method, sites, pooling, timesteps, rows, spatial rule, ...
+    negation  concepts that the prompt names and the map removes, beside the negative prompt and a prompt without the concept
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import actmaps.demo as demo
+from actmaps.evaluation.images import (
+    STRENGTHS,
+    Sampling,
+    Scores,
+    as_row,
+    draw,
+    monotonicity,
+    score_concept,
+    score_style,
+)
+from actmaps.maps.presets import load_preset
+
+FIT_PROMPTS = 32
+
+# One change at a time from the defaults of fit_act_map; the last row is the paper's published setting for images.
+ABLATION: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "method mean": {"method": "mean"},
+    "method gaussian": {"method": "gaussian"},
+    "sites U-Net": {"sites": "unet"},
+    "sites text encoder": {"sites": "text_encoder"},
+    "pooling mean": {"pooling": "mean"},
+    "timesteps 1 (pure noise)": {"timesteps": [0.0]},
+    "timesteps 6": {"timesteps": 6},
+    "rows both": {"rows": "both"},
+    "rows cond": {"rows": "cond"},
+    "spatial shift": {"spatial": "shift"},
+    "transport target": {"transport_target": True},
+    "not causal": {"causal": False},
+    "support observed": {"support": "observed"},
+    "pooling mean, U-Net": {"pooling": "mean", "sites": "unet"},
+    "mean, pooling mean, U-Net": {"method": "mean", "pooling": "mean", "sites": "unet"},
+    "mean, U-Net": {"method": "mean", "sites": "unet"},
+    "mean, text encoder": {"method": "mean", "sites": "text_encoder"},
+    "as published": {
+        "pooling": "mean",
+        "sites": "unet",
+        "timesteps": [0.0],
+        "spatial": "shift",
+        "transport_target": True,
+    },
+}
+ABLATION_STYLES = ("blueprint", "pixel art", "glossy 3d")
+ABLATION_STRENGTHS = (0.5, 1.0)
+
+# Preset, the words that add the concept to a subject, and the words of a negative prompt.
+NEGATIONS = {
+    "demo-no-hat": ("{} with a hat", "hat"),
+    "demo-no-sunglasses": ("{} with sunglasses", "sunglasses"),
+    "demo-no-crown": ("{} with a crown", "crown"),
+}
+
+
+class Bench:
+    """The model, its judges, the subjects, and the rows measured so far."""
+
+    def __init__(self, subjects: int, sampling: Sampling, results: Path | None) -> None:
+        self.pipe = demo.load_pipeline()
+        self.pipe.set_progress_bar_config(disable=True)
+        self.judges = demo.load_judges()
+        self.sampling = sampling
+        self.results = results
+        self.rows: dict[str, Any] = json.loads(results.read_text()) if results and results.exists() else {}
+        self._subjects = subjects
+        self._drawn: dict[str, Any] = {}
+        self.console = Console()
+
+    def subjects(self, fitted: tuple[str, ...], known: Callable[[str], bool] = lambda _: True) -> list[str]:
+        """Subjects that the model knows and the map was not fitted on."""
+        free = [s for s in demo.subjects("train") if s not in fitted and known(s)]
+        return random.Random(0).sample(free, min(self._subjects, len(free)))
+
+    def drawn(self, prompts: list[str], **options: Any) -> Any:
+        """Pictures without a map, drawn once however often they are asked for."""
+        key = json.dumps([prompts, options])
+        if key not in self._drawn:
+            self._drawn[key] = draw(self.pipe, prompts, self.sampling, **options)
+        return self._drawn[key]
+
+    def row(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The row `key`, measured unless it is known, and stored at once."""
+        if key not in self.rows:
+            start = time.monotonic()
+            self.rows[key] = measure()
+            self.console.log(f"{key}: {time.monotonic() - start:.0f} s")
+            if self.results:
+                temporary = self.results.with_suffix(".tmp")
+                temporary.write_text(json.dumps(self.rows, indent=1))
+                temporary.replace(self.results)
+        return self.rows[key]
+
+    def steered(
+        self,
+        prompts: tuple[list[str], list[str]],
+        asked: list[str],
+        judge: Callable[[Any], Scores],
+        strengths: tuple[float, ...],
+        options: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Scores by strength of a map fitted on `prompts`, on the pictures `asked` for."""
+        start = time.monotonic()
+        act_map = self.pipe.fit_act_map(*prompts, progress=False, **options)
+        seconds = time.monotonic() - start
+        self.pipe.load_act_map(act_map, "map")
+        try:
+            scores = {}
+            for strength in strengths:
+                images = (
+                    draw(self.pipe, asked, self.sampling, act_strength=strength) if strength else self.drawn(asked)
+                )
+                scores[str(strength)] = as_row(judge(images))
+        finally:
+            self.pipe.delete_act_maps("map")
+        return {"fit_seconds": round(seconds, 1), "by_strength": scores}
+
+
+def styles(bench: Bench, wanted: list[str]) -> None:
+    table = _table("Styles, default settings", "style", STRENGTHS, "in prompt", "share/prompt", "content", "Spearman")
+    for style in wanted:
+        preset = load_preset(f"demo-{style.replace(' ', '-')}")
+        subjects = bench.subjects(preset.subjects)
+
+        def judge(images: Any, subjects: list[str] = subjects, style: str = style) -> Scores:
+            return score_style(bench.judges, images, subjects, style)
+
+        def measure(
+            preset: Any = preset, subjects: list[str] = subjects, style: str = style, judge: Any = judge
+        ) -> dict:
+            prompted = judge(bench.drawn([f"{subject}, {style}" for subject in subjects]))
+            steered = bench.steered(preset.prompts(count=FIT_PROMPTS), subjects, judge, STRENGTHS, {})
+            return {"prompt": as_row(prompted), **steered}
+
+        row = bench.row(f"styles / {style}", measure)
+        by, prompt = row["by_strength"], row["prompt"]
+        unsteered = by["0.0"]
+        inside = [s for s in STRENGTHS if s <= 1]
+        table.add_row(
+            style,
+            *[_percent(by[str(s)]["share"]) for s in STRENGTHS],
+            _percent(prompt["share"]),
+            _percent(by["1.0"]["share"] / max(prompt["share"], 1e-9)),
+            " / ".join(_percent(score["content"] / unsteered["content"]) for score in (by["0.5"], by["1.0"], prompt)),
+            f"{monotonicity(inside, [by[str(s)]['probability'] for s in inside]):.2f}",
+        )
+    bench.console.print(table)
+    bench.console.print(
+        "content: similarity to the subject relative to unsteered, at strength .5 / 1 / style in the prompt"
+    )
+
+
+def ablation(bench: Bench, wanted: list[str]) -> None:
+    heads = [f"{style}\n{'/'.join(f'{s:g}' for s in ABLATION_STRENGTHS)} (content)" for style in wanted]
+    table = Table(
+        title="One change at a time: style share at each strength, and content relative to unsteered at the last"
+    )
+    for head in ("setting", *heads, "mean share", "mean content"):
+        table.add_column(head)
+    baselines = {}
+    for style in wanted:
+        preset = load_preset(f"demo-{style.replace(' ', '-')}")
+        subjects = bench.subjects(preset.subjects)
+
+        def base(style: str = style, subjects: list[str] = subjects) -> dict[str, Any]:
+            plain = score_style(bench.judges, bench.drawn(subjects), subjects, style)
+            styled = bench.drawn([f"{subject}, {style}" for subject in subjects])
+            return {"0.0": as_row(plain), "prompt": as_row(score_style(bench.judges, styled, subjects, style))}
+
+        baselines[style] = bench.row(f"baseline / {style}", base)
+    for label, key in (("unsteered", "0.0"), ("style in the prompt", "prompt")):
+        _ablation_row(table, label, {style: {key: baselines[style][key]} for style in wanted}, baselines)
+    for setting, options in ABLATION.items():
+        rows = {}
+        for style in wanted:
+            preset = load_preset(f"demo-{style.replace(' ', '-')}")
+            subjects = bench.subjects(preset.subjects)
+
+            def measure(
+                preset: Any = preset, subjects: list[str] = subjects, style: str = style, options: dict = options
+            ) -> dict[str, Any]:
+                return bench.steered(
+                    preset.prompts(count=FIT_PROMPTS),
+                    subjects,
+                    lambda images: score_style(bench.judges, images, subjects, style),
+                    ABLATION_STRENGTHS,
+                    options,
+                )
+
+            rows[style] = bench.row(f"ablation / {setting} / {style}", measure)["by_strength"]
+        _ablation_row(table, setting, rows, baselines)
+    bench.console.print(table)
+
+
+def _ablation_row(table: Table, label: str, rows: dict[str, dict], baselines: dict[str, dict]) -> None:
+    cells, shares, contents = [], [], []
+    for style, by_strength in rows.items():
+        last = list(by_strength.values())[-1]
+        content = last["content"] / baselines[style]["0.0"]["content"]
+        shares.append(max(score["share"] for score in by_strength.values()))
+        contents.append(content)
+        cells.append(" / ".join(_percent(s["share"]) for s in by_strength.values()) + f" ({_percent(content)})")
+    table.add_row(label, *cells, _percent(sum(shares) / len(shares)), _percent(sum(contents) / len(contents)))
+
+
+def negation(bench: Bench, wanted: list[str]) -> None:
+    table = _table(
+        "Negation: share of pictures that show the concept",
+        "concept",
+        STRENGTHS[:5],
+        "neg. prompt",
+        "unasked",
+        "content",
+    )
+    for name in wanted:
+        phrase, negative = NEGATIONS[name]
+        preset = load_preset(name)
+        wearers = {c.label for c in demo.dataset.known_concepts() if negative in c.accessories}
+        subjects = bench.subjects(preset.subjects, lambda s, wearers=wearers: s in wearers)
+        asked = [phrase.format(subject) for subject in subjects]
+
+        def judge(images: Any, subjects: list[str] = subjects, asked: list[str] = asked) -> Scores:
+            return score_concept(bench.judges, images, subjects, asked)
+
+        def measure(
+            preset: Any = preset,
+            judge: Any = judge,
+            asked: list = asked,
+            subjects: list = subjects,
+            negative: str = negative,
+        ) -> dict:
+            prompts = preset.prompts(count=FIT_PROMPTS)
+            return {
+                "negative prompt": as_row(judge(bench.drawn(asked, negative_prompt=negative))),
+                "unasked": as_row(judge(bench.drawn(subjects))),
+                **bench.steered(prompts, asked, judge, STRENGTHS[:5], {}),
+            }
+
+        row = bench.row(f"negation / {name}", measure)
+        by = row["by_strength"]
+        table.add_row(
+            negative,
+            *[_percent(by[str(s)]["share"]) for s in STRENGTHS[:5]],
+            _percent(row["negative prompt"]["share"]),
+            _percent(row["unasked"]["share"]),
+            _percent(by["1.0"]["content"] / by["0.0"]["content"]),
+        )
+    bench.console.print(table)
+    bench.console.print(
+        "unasked: the prompt without the concept; content: similarity to the subject at strength 1 relative to unsteered"
+    )
+
+
+def _table(title: str, first: str, strengths: tuple[float, ...], *more: str) -> Table:
+    table = Table(title=title)
+    for head in (first, *(f"{s:g}" for s in strengths), *more):
+        table.add_column(head, justify="left" if head == first else "right")
+    return table
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.0f} %"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", nargs="?", choices=["all", "styles", "ablation", "negation"], default="all")
+    parser.add_argument("--styles", nargs="+", help="styles to measure; default all (ablation: three)")
+    parser.add_argument("--subjects", type=int, default=48, help="subjects per row")
+    parser.add_argument("--steps", type=int, default=Sampling.num_inference_steps, help="sampling steps")
+    parser.add_argument("--json", type=Path, help="store rows here and resume from it")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    bench = Bench(options.subjects, Sampling(num_inference_steps=options.steps), options.json)
+    bench.console.print(
+        f"{date.today()}, {platform.processor() or platform.machine()}, {options.threads} threads, torch {torch.__version__}; "
+        f"{options.subjects} subjects, {options.steps} steps, {FIT_PROMPTS} prompt pairs per fit"
+    )
+    if options.table in ("all", "ablation"):
+        ablation(bench, options.styles or list(ABLATION_STYLES))
+    if options.table in ("all", "styles"):
+        styles(bench, options.styles or list(demo.STYLES))
+    if options.table in ("all", "negation"):
+        negation(bench, list(NEGATIONS))
+
+
+if __name__ == "__main__":
+    main()
