@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -12,23 +11,22 @@ Transform = Callable[[nn.Module, Any], Any]
 
 
 class _Chain:
-    """The transforms on one module, behind a single forward hook."""
+    """The transforms on one module, behind a single forward hook that holds the only reference to them.
 
-    def __init__(self, module: nn.Module) -> None:
+    Nothing outside the module refers to its chain, so that a steered model that goes out of use is collected. A deep copy of
+    the module gets an empty chain: who steers the original holds no handle on the copy.
+    """
+
+    def __init__(self) -> None:
         self.transforms: list[Transform] = []
-        # Prepended, because transformers captures hidden states with hooks of its own, which must see our output.
-        self._handle = module.register_forward_hook(self._run, prepend=True)
 
-    def _run(self, module: nn.Module, _args: Any, output: Any) -> Any:
+    def __call__(self, module: nn.Module, _args: Any, output: Any) -> Any:
         for transform in tuple(self.transforms):
             output = transform(module, output)
         return output
 
-    def remove(self) -> None:
-        self._handle.remove()
-
-
-_CHAINS: WeakKeyDictionary[nn.Module, _Chain] = WeakKeyDictionary()
+    def __reduce__(self) -> tuple[type[_Chain], tuple[()]]:
+        return _Chain, ()
 
 
 def attach(module: nn.Module, transform: Transform) -> Callable[[], None]:
@@ -37,16 +35,20 @@ def attach(module: nn.Module, transform: Transform) -> Callable[[], None]:
     Returns:
         A function that detaches the transform; calling it again does nothing.
     """
-    chain = _CHAINS.get(module)
+    hooks = module._forward_hooks
+    chain = next((hook for hook in hooks.values() if isinstance(hook, _Chain)), None)
     if chain is None:
-        chain = _CHAINS[module] = _Chain(module)
+        chain = _Chain()
+        # Prepended, because transformers captures hidden states with hooks of its own, which must see our output.
+        module.register_forward_hook(chain, prepend=True)
     chain.transforms.append(transform)
 
     def detach() -> None:
-        if transform in chain.transforms:
-            chain.transforms.remove(transform)
-            if not chain.transforms and _CHAINS.get(module) is chain:
-                chain.remove()
-                del _CHAINS[module]
+        if transform not in chain.transforms:
+            return
+        chain.transforms.remove(transform)
+        if not chain.transforms:
+            for key in [key for key, hook in hooks.items() if hook is chain]:
+                del hooks[key]
 
     return detach
