@@ -128,7 +128,8 @@ class ActMap(Mapping[str, AffineMap]):
             kept = [site for site in kept if site not in dropped]
         if not kept:
             raise ValueError(f"no site of act map {self.metadata.name!r} remains after include and exclude")
-        return ActMap({site: self[site] for site in kept}, self.metadata)
+        costs = {site: cost for site, cost in self.metadata.costs.items() if site in set(kept)}
+        return ActMap({site: self[site] for site in kept}, replace(self.metadata, costs=costs))
 
     def inverse(self) -> ActMap:
         """The map of the reverse direction, site by site. Raises ValueError where a scale is 0."""
@@ -138,7 +139,7 @@ class ActMap(Mapping[str, AffineMap]):
                 inverted[site] = affine.inverse()
             except ValueError as error:
                 raise ValueError(f"{site}: {error}") from None
-        return ActMap(inverted, replace(self.metadata, name=f"inverse of {self.metadata.name}"))
+        return ActMap(inverted, replace(self.metadata, name=f"inverse of {self.metadata.name}", costs={}))
 
     def prune(self, keep: float) -> ActMap:
         """Keep the fraction `keep` of all units that move most; the others become the identity.
@@ -153,14 +154,16 @@ class ActMap(Mapping[str, AffineMap]):
             raise ValueError(f"keep is the fraction of units to keep, in (0, 1], got {keep}")
         sizes = {site: torch.hypot(affine.scale - 1, affine.shift) for site, affine in self.items()}
         flat = torch.cat(list(sizes.values()))
-        threshold = flat.topk(max(1, round(keep * flat.numel()))).values[-1]
+        largest = flat.topk(max(1, round(keep * flat.numel()))).indices
+        kept_units = torch.zeros_like(flat, dtype=torch.bool).index_fill_(0, largest, True)
         pruned = {}
-        for site, affine in self.items():
-            kept = sizes[site] >= threshold
+        for (site, affine), kept in zip(
+            self.items(), kept_units.split([m.channels for m in self.values()]), strict=True
+        ):
             if kept.any():
                 scale, shift = torch.where(kept, affine.scale, 1.0), torch.where(kept, affine.shift, 0.0)
                 pruned[site] = AffineMap(scale, shift, affine.lower, affine.upper)
-        return ActMap(pruned, self.metadata)
+        return ActMap(pruned, replace(self.metadata, costs={}))
 
     @staticmethod
     def blend(weights: Mapping[ActMap, float]) -> ActMap:

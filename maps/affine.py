@@ -31,21 +31,24 @@ def transport(
         lower, upper: bounds (C,) of the support; entries outside stay as they are.
         channel_dim: axis of `x` that counts units.
         spatial: "affine" moves every position by the map; "shift" moves all positions (dims 2 and up, NCHW) by the
-            one constant that the map gives at their mean, which keeps the spatial contrast.
+            one constant that the map gives at their mean, which keeps the spatial contrast. The support is tested where
+            the map is: at every position, or at the mean.
 
     Returns:
         A new tensor with the dtype, shape and device of `x`. Half precision is computed in float32 and rounded once.
     """
     scale, shift = _along(scale, x, channel_dim), _along(shift, x, channel_dim)
+    tested = x
     if spatial == "shift" and x.ndim > 2 and channel_dim % x.ndim == 1:
-        mean = x.mean(dim=tuple(range(2, x.ndim)), keepdim=True, dtype=torch.float32)
-        moved = x + torch.addcmul(shift, scale - 1, mean)
+        tested = x.mean(dim=tuple(range(2, x.ndim)), keepdim=True, dtype=torch.float32)
+        moved = x + torch.addcmul(shift, scale - 1, tested)
     else:
         moved = torch.addcmul(shift, scale, x)
     moved = moved.to(x.dtype)
     if lower is None or upper is None:
         return moved
-    inside = (x >= _along(lower, x, channel_dim)) & (x <= _along(upper, x, channel_dim))
+    tested = tested.float()  # bounds are float32: the smallest and largest sample lie inside in every precision
+    inside = (tested >= _along(lower, x, channel_dim)) & (tested <= _along(upper, x, channel_dim))
     return torch.where(inside, moved, x)
 
 
@@ -58,7 +61,7 @@ class AffineMap:
         lower, upper: optional bounds (C,), inclusive; outside them an activation is left as it is.
 
     Raises:
-        ValueError: if shapes differ, an entry is not finite, or only one bound is given.
+        ValueError: if shapes differ, an entry is not finite, only one bound is given, or a lower bound exceeds its upper one.
     """
 
     scale: Tensor
@@ -81,6 +84,8 @@ class AffineMap:
                 )
             if not torch.isfinite(values).all():
                 raise ValueError(f"{name} has entries that are not finite")
+        if self.lower is not None and self.upper is not None and (self.lower > self.upper).any():
+            raise ValueError("lower exceeds upper at some units")
 
     @classmethod
     def identity(cls, channels: int) -> AffineMap:
@@ -93,8 +98,9 @@ class AffineMap:
         return self.scale.shape[0]
 
     def at(self, strength: float) -> AffineMap:
-        """The map at a strength: displacement interpolation, identity at 0, the full map at 1 (section 3.2)."""
-        return AffineMap(1 + strength * (self.scale - 1), strength * self.shift, self.lower, self.upper)
+        """The map at a strength: displacement interpolation, exactly the identity at 0 and this map at 1 (section 3.2)."""
+        scale = torch.lerp(torch.ones_like(self.scale), self.scale, strength)
+        return AffineMap(scale, strength * self.shift, self.lower, self.upper)
 
     def apply(self, x: Tensor, strength: float = 1.0, channel_dim: int = -1) -> Tensor:
         """Transport `x`; see `transport`. Strength 0 returns `x` itself.
