@@ -21,38 +21,8 @@ Estimator = Callable[[Tensor, Tensor], AffineMap]
 _ROUNDING = 1e-6
 _LARGEST_SLOPE = 1e4
 
-
-def _check(source: Tensor, target: Tensor, at_least: int, method: str) -> None:
-    if source.ndim != 2 or target.ndim != 2 or source.shape[1] != target.shape[1]:
-        raise ValueError(
-            f"samples must be (n, C) and (m, C) with the same C, got {tuple(source.shape)} and {tuple(target.shape)}"
-        )
-    for side, samples in (("source", source), ("target", target)):
-        if len(samples) < at_least:
-            raise ValueError(
-                f"method {method!r} needs at least {at_least} {side} sample{'s' * (at_least > 1)}, got {len(samples)}; "
-                + ("add prompts, or use method='mean'" if len(samples) else f"the {side} set is empty")
-            )
-        if not torch.isfinite(samples).all():
-            raise ValueError(f"the {side} activations have NaN or infinite entries")
-
-
-def _sorted_units(samples: Tensor) -> Tensor:
-    """Samples (n, C) as (C, n), every unit sorted, in float64."""
-    by_unit = samples.t().contiguous()
-    if by_unit.device.type == "cpu":  # numpy's vectorised sort is an order of magnitude faster than torch's here
-        return torch.from_numpy(np.sort(by_unit.numpy(), axis=-1)).double()
-    return by_unit.sort(-1).values.double()
-
-
-def _assemble(slope: Tensor, source: Tensor, target: Tensor) -> AffineMap:
-    """The map with the given slopes that carries mean to mean, with dead units shrunk to the mean shift."""
-    source, target = source.double(), target.double()
-    mean_a, mean_b = source.mean(0), target.mean(0)
-    std_a, std_b = source.std(0, correction=0), target.std(0, correction=0)
-    dead = (std_a <= _ROUNDING * mean_a.abs()) | (std_a * _LARGEST_SLOPE <= std_b) & (std_b > 0) | (std_a == 0)
-    scale = torch.where(dead, 1.0, slope)
-    return AffineMap(scale.float(), (mean_b - scale * mean_a).float())
+# Values that are solved at once: float64 copies and sorts of some units, not of all, bound the memory on top of the samples.
+_BLOCK = 2**22
 
 
 def linear(source: Tensor, target: Tensor) -> AffineMap:
@@ -70,39 +40,93 @@ def linear(source: Tensor, target: Tensor) -> AffineMap:
         ValueError: for too few samples, mismatched C, NaN or infinite entries.
     """
     _check(source, target, 2, "linear")
-    a, b = _sorted_units(source), _sorted_units(target)
-    a, b = a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True)
-    n, m = a.shape[1], b.shape[1]
-    if n == m:
-        covariance = (a * b).sum(-1) / n
-    else:
-        # Ranks in units of 1 / (n m), so that the merged grid is exact.
-        ends_a = torch.arange(1, n + 1, device=a.device) * m
-        ends_b = torch.arange(1, m + 1, device=a.device) * n
-        grid = torch.cat([ends_a, ends_b]).unique()
-        weights = grid.diff(prepend=grid.new_zeros(1)).double() / (n * m)
-        covariance = (a[:, torch.searchsorted(ends_a, grid)] * b[:, torch.searchsorted(ends_b, grid)]) @ weights
-    variance = a.square().mean(-1)
-    return _assemble(covariance / variance.clamp_min(torch.finfo(torch.float64).tiny), source, target)
+    return _solve(source, target, lambda a, b: _rank_covariance(a, b) / a.square().mean(-1), ordered=True)
 
 
 def mean(source: Tensor, target: Tensor) -> AffineMap:
     """Mean-AcT (paper, section 3.3): scale 1, shift mean_b - mean_a. Arguments as for `linear`, n and m >= 1."""
     _check(source, target, 1, "mean")
-    source, target = source.double(), target.double()
-    shift = target.mean(0) - source.mean(0)
-    return AffineMap(torch.ones_like(shift).float(), shift.float())
+    shift = target.mean(0, dtype=torch.float64) - source.mean(0, dtype=torch.float64)
+    return AffineMap(torch.ones_like(shift), shift)
 
 
 def gaussian(source: Tensor, target: Tensor) -> AffineMap:
     """Optimal transport between Gaussians: scale std_b / std_a, shift mean_b - scale * mean_a. Arguments as for `linear`."""
     _check(source, target, 2, "gaussian")
-    source, target = source.double(), target.double()
-    std_a, std_b = source.std(0, correction=0), target.std(0, correction=0)
-    return _assemble(std_b / std_a.clamp_min(torch.finfo(torch.float64).tiny), source, target)
+    return _solve(source, target, lambda a, b: _std(b) / _std(a), ordered=False)
+
+
+def _check(source: Tensor, target: Tensor, at_least: int, method: str) -> None:
+    if source.ndim != 2 or target.ndim != 2 or source.shape[1] != target.shape[1]:
+        raise ValueError(
+            f"samples must be (n, C) and (m, C) with the same C, got {tuple(source.shape)} and {tuple(target.shape)}"
+        )
+    for side, samples in (("source", source), ("target", target)):
+        if len(samples) < at_least:
+            raise ValueError(
+                f"method {method!r} needs at least {at_least} {side} sample{'s' * (at_least > 1)}, got {len(samples)}; "
+                + ("add prompts, or use method='mean'" if len(samples) else f"the {side} set is empty")
+            )
+        if not torch.isfinite(samples).all():
+            raise ValueError(f"the {side} activations have NaN or infinite entries")
+
+
+def _solve(source: Tensor, target: Tensor, slopes: Callable[[Tensor, Tensor], Tensor], *, ordered: bool) -> AffineMap:
+    """The map that carries mean to mean with the slopes that `slopes` gives, dead units shrunk to the mean shift.
+
+    `slopes` gets the centred samples of some units, (C', n) and (C', m) in float64, sorted if `ordered`.
+    """
+    width = max(1, _BLOCK // (len(source) + len(target)))
+    parts = []
+    for some_source, some_target in zip(source.split(width, dim=1), target.split(width, dim=1), strict=True):
+        a, b = _by_unit(some_source, ordered), _by_unit(some_target, ordered)
+        mean_a, mean_b = a.mean(-1), b.mean(-1)
+        a, b = a.sub_(mean_a[:, None]), b.sub_(mean_b[:, None])
+        std_a, std_b = _std(a), _std(b)
+        dead = (std_a == 0) | (std_a <= _ROUNDING * mean_a.abs()) | (std_a * _LARGEST_SLOPE < std_b)
+        scale = torch.where(dead, 1.0, slopes(a, b))
+        parts.append(torch.stack([scale, mean_b - scale * mean_a]))
+    return AffineMap(*torch.cat(parts, dim=1))
+
+
+def _by_unit(samples: Tensor, ordered: bool) -> Tensor:
+    """A float64 copy (C, n) of samples (n, C), every unit sorted if `ordered`."""
+    by_unit = samples.detach().t()
+    if not ordered:
+        return by_unit.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+    if by_unit.device.type == "cpu" and by_unit.dtype is not torch.bfloat16:
+        # numpy's vectorised sort is an order of magnitude faster than torch's here
+        return torch.from_numpy(np.sort(by_unit.contiguous().numpy(), axis=-1)).to(torch.float64)
+    return by_unit.sort(-1).values.to(torch.float64)
+
+
+def _std(centred: Tensor) -> Tensor:
+    return centred.square().mean(-1).sqrt()
+
+
+def _rank_covariance(a: Tensor, b: Tensor) -> Tensor:
+    """Covariance (C,) of the quantile functions of sorted, centred samples (C, n) and (C, m)."""
+    n, m = a.shape[1], b.shape[1]
+    if n == m:
+        return (a * b).mean(-1)
+    # Ranks in units of 1 / (n m), so that the merged grid is exact.
+    ends_a = torch.arange(1, n + 1, device=a.device) * m
+    ends_b = torch.arange(1, m + 1, device=a.device) * n
+    grid = torch.cat([ends_a, ends_b]).unique()
+    weights = grid.diff(prepend=grid.new_zeros(1)).double() / (n * m)
+    return (a[:, torch.searchsorted(ends_a, grid)] * b[:, torch.searchsorted(ends_b, grid)]) @ weights
 
 
 ESTIMATORS: dict[str, Estimator] = {"linear": linear, "mean": mean, "gaussian": gaussian}
+
+
+def check_support(support: str | tuple[float, float]) -> None:
+    """Raise ValueError unless `support` is "all", "observed" or quantiles (low, high) with 0 <= low < high <= 1."""
+    if support in ("all", "observed"):
+        return
+    if isinstance(support, (tuple, list)) and len(support) == 2 and 0 <= support[0] < support[1] <= 1:
+        return
+    raise ValueError(f'support must be "all", "observed" or quantiles (low, high) within [0, 1], got {support!r}')
 
 
 def support_bounds(source: Tensor, support: str | tuple[float, float]) -> tuple[Tensor, Tensor] | None:
@@ -115,14 +139,14 @@ def support_bounds(source: Tensor, support: str | tuple[float, float]) -> tuple[
     Raises:
         ValueError: for anything else.
     """
+    check_support(support)
     if support == "all":
         return None
     if support == "observed":
         return source.amin(0), source.amax(0)
-    if isinstance(support, str) or len(support) != 2 or not 0 <= support[0] < support[1] <= 1:
-        raise ValueError(f'support must be "all", "observed" or quantiles (low, high) within [0, 1], got {support!r}')
-    ranks = _sorted_units(source)
-    low, high = (ranks[:, round(q * (ranks.shape[1] - 1))] for q in support)
+    ranks = [round(float(q) * (len(source) - 1)) for q in support]
+    blocks = source.split(max(1, _BLOCK // len(source)), dim=1)
+    low, high = torch.cat([_by_unit(block, ordered=True)[:, ranks] for block in blocks]).unbind(1)
     return low, high
 
 
