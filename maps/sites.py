@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -34,7 +36,7 @@ _STREAMS: dict[str, tuple[str | None, ...]] = {
     "HunyuanVideoSingleTransformerBlock": ("image", "text"),
 }
 
-_NORM = re.compile(r"(Layer|Group|RMS|Batch|Instance)Norm|[A-Z]\w*(Layer|RMS)Norm")
+_NORM = re.compile(r"(Layer|Group|RMS)Norm|(Batch|Instance)Norm\dd|[A-Z]\w*(Layer|RMS)Norm")
 
 _COMPONENT_OF_CLASS = (
     (re.compile(r".*UNet.*"), "unet"),
@@ -67,7 +69,7 @@ def site_modules(components: Components) -> dict[str, nn.Module]:
     modules = {}
     for component, root in components.items():
         for path, module in root.named_modules():
-            if not path or "base_layer" in path or "lora_" in path:
+            if not path or any(part == "base_layer" or part.startswith("lora_") for part in path.split(".")):
                 continue
             path = path.replace("_orig_mod.", "").removeprefix("text_model.")
             modules[f"{component}.{path}"] = module
@@ -81,7 +83,12 @@ def stream_names(module: nn.Module) -> tuple[str, ...]:
 
 def channel_dim(module: nn.Module, x: Tensor) -> int:
     """Axis of the output `x` of `module` that counts units: 1 for convolutional modules, else the last."""
-    return 1 if x.ndim > 2 and _CHANNELS_FIRST.fullmatch(type(_unwrapped(module)).__name__) else -1
+    return 1 if x.ndim > 2 and _channels_first(type(_unwrapped(module)).__name__) else -1
+
+
+@cache
+def _channels_first(kind: str) -> bool:
+    return _CHANNELS_FIRST.fullmatch(kind) is not None
 
 
 def unit_count(module: nn.Module) -> int | None:
@@ -143,7 +150,7 @@ def match_sites(sites: Sequence[str], patterns: str | Sequence[str]) -> list[str
 
 
 def _has_suffix(site: str, suffix: str) -> bool:
-    return site == suffix or site.endswith("." + suffix) or site.split(":")[0].endswith("." + suffix)
+    return any(name == suffix or name.endswith("." + suffix) for name in (site, site.split(":")[0]))
 
 
 def find_sites(
@@ -198,6 +205,19 @@ def _site_and_streams(site: str, module: nn.Module) -> list[str]:
     return [f"{site}:{stream}" for stream in stream_names(module)] or [site]
 
 
+@contextmanager
+def evaluating(components: Components) -> Iterator[None]:
+    """All modules in eval mode, so that neither dropout nor running statistics act; each module's mode is restored after."""
+    training = [module for root in components.values() for module in root.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def _trace(
     components: Components,
     modules: Mapping[str, nn.Module],
@@ -211,7 +231,7 @@ def _trace(
         module = modules[site.split(":")[0]]
         handles.append(module.register_forward_hook(lambda *_, site=site: reached.setdefault(site)))
     try:
-        with torch.no_grad():
+        with evaluating(components), torch.no_grad():
             if callable(example):
                 example()
             elif len(components) != 1:
@@ -265,8 +285,9 @@ def replace_output(module: nn.Module, output: Any, site: str, value: Tensor) -> 
     if isinstance(output, Tensor):
         return value
     index = _index(module, site)
-    if isinstance(output, tuple):
-        return (*output[:index], value, *output[index + 1 :])
+    if isinstance(output, (tuple, list)):
+        entries = [*output[:index], value, *output[index + 1 :]]
+        return output._make(entries) if hasattr(output, "_make") else type(output)(entries)
     # A transformers ModelOutput: copied, since callers may hold on to the original.
     replaced = type(output)(**output)
     replaced[list(output.keys())[index]] = value
