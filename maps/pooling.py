@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -30,20 +31,19 @@ def samples(
         positions: with "none", how many positions to draw per row (None: all). The draw depends on seed, site and the
             number of positions only, so it is the same for every row and every way to cut the data into batches.
         seed, site: of that draw.
-        mask: (B, T), true where a token is real; used when `x` has T positions. Padding never becomes a sample.
+        mask: (B, T), true where a token is real; used when `x` has T tokens, also one per attention head, as in
+            (B, T, heads, C) or (B, heads, T, C). Padding never becomes a sample.
 
     Raises:
         ValueError: for an unknown pooling.
     """
     if pooling not in POOLINGS:
         raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
-    x = x.movedim(channel_dim, -1)
     if x.ndim == 2:
         return x.float()
-    rows, units = x.shape[0], x.shape[-1]
-    x = x.reshape(rows, -1, units)
-    count = x.shape[1]
-    real = mask.to(x.device, torch.bool) if mask is not None and mask.shape == (rows, count) else None
+    real = None if mask is None else _real_positions(mask, x, channel_dim)
+    x = x.movedim(channel_dim, -1).flatten(1, -2)
+    rows, count = x.shape[:2]
     if pooling == "none":
         if positions is not None and positions < count:
             return _drawn(x, real, positions, seed, site)
@@ -59,7 +59,7 @@ def samples(
         return reduce[pooling]()
     keep = real[..., None]
     if pooling == "mean":
-        return (x * keep).sum(1) / keep.sum(1)
+        return x.masked_fill(~keep, 0).sum(1) / keep.sum(1)
     if pooling == "last":
         last = (real * torch.arange(1, count + 1, device=x.device)).argmax(1)
         return x[torch.arange(rows, device=x.device), last]
@@ -68,12 +68,31 @@ def samples(
     return x.masked_fill(~keep, torch.inf).amin(1)
 
 
+def _real_positions(mask: Tensor, x: Tensor, channel_dim: int) -> Tensor | None:
+    """`mask` (B, T) as (B, positions) for the flattened positions of `x`; None where `x` has no token dimension."""
+    channels_last = channel_dim % x.ndim == x.ndim - 1
+    if mask.ndim != 2 or len(mask) != len(x) or not (channels_last or x.ndim == 3):
+        return None
+    shape = x.movedim(channel_dim, -1).shape[:-1]
+    tokens = next((dim for dim in range(1, len(shape)) if shape[dim] == mask.shape[1]), None)
+    if tokens is None:
+        return None
+    by_token = [size if dim in (0, tokens) else 1 for dim, size in enumerate(shape)]
+    return mask.to(x.device, torch.bool).view(by_token).expand(shape).flatten(1)
+
+
 def _drawn(x: Tensor, real: Tensor | None, positions: int, seed: int, site: str) -> Tensor:
     """`positions` random positions per row of `x` (B, T, C), or all real ones of a row that has fewer."""
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{site}".encode()))
-    priority = torch.rand(x.shape[1], generator=generator).to(x.device)
+    priority = _priorities(x.shape[1], seed, site).to(x.device)
     if real is None:
         return x[:, priority.topk(positions).indices].flatten(0, 1).float()
     drawn = priority.where(real, -1.0).topk(positions, dim=1).indices
     kept = real.gather(1, drawn)
     return x.gather(1, drawn[..., None].expand(-1, -1, x.shape[-1]))[kept].float()
+
+
+@lru_cache(maxsize=1024)
+def _priorities(count: int, seed: int, site: str) -> Tensor:
+    """A random number per position: those with the largest are drawn."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{site}".encode()))
+    return torch.rand(count, generator=generator)
