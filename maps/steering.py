@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from math import isfinite
 from types import TracebackType
 from typing import Any
 
@@ -105,21 +106,19 @@ class Steering:
 
 @dataclass(frozen=True)
 class _Site:
-    """One armed site: its place in the flat buffers of the map, and its support."""
+    """One armed site, and its place in the flat buffer of the map."""
 
     name: str
     module: nn.Module
     start: int
     stop: int
-    lower: Tensor | None
-    upper: Tensor | None
 
 
 class _Arm:
     """One map on one model at a strength that can change.
 
     Scale and shift of all sites lie in one flat buffer, so that a new strength is one operation however many sites there
-    are. Masters stay float32 on the CPU; a copy at the current strength is kept per device.
+    are. Masters stay float32 on the CPU; copies, scale and shift at the current strength, are kept per device.
     """
 
     def __init__(self, act_map: ActMap, components: Components) -> None:
@@ -130,32 +129,33 @@ class _Arm:
         for site, affine in act_map.items():
             self._check_units(site, affine.channels, unit_count(modules[site]), modules[site])
             stop = start + affine.channels
-            self.sites.append(_Site(site, modules[site], start, stop, affine.lower, affine.upper))
+            self.sites.append(_Site(site, modules[site], start, stop))
             start = stop
-        self._displacement = torch.stack(
-            [
-                torch.cat([affine.scale for affine in act_map.values()]) - 1,
-                torch.cat([affine.shift for affine in act_map.values()]),
-            ]
-        )
-        self._identity = torch.tensor([[1.0], [0.0]])
-        self._at_strength: dict[torch.device, Tensor] = {}
+        parts = [torch.cat([getattr(affine, name) for affine in act_map.values()]) for name in ("scale", "shift")]
+        self._full = torch.stack(parts).cpu()
+        self._identity = torch.tensor([[1.0], [0.0]]).expand_as(self._full)
+        self._bounds = {site: (affine.lower, affine.upper) for site, affine in act_map.items()}
+        self._moves: dict[torch.device, Tensor] = {}
+        self._supports: dict[tuple[torch.device, str], tuple[Tensor | None, Tensor | None]] = {}
         self.strength = 0.0
 
     def set_strength(self, strength: float) -> None:
+        if not isfinite(strength):
+            raise ValueError(f"the strength of act map {self.name!r} must be finite, got {strength}")
         if strength != self.strength:
             self.strength = strength
-            self._at_strength.clear()
+            self._moves.clear()
 
     def move(self, site: _Site, module: nn.Module, x: Tensor) -> Tensor:
         dim = channel_dim(module, x)
         self._check_units(site.name, site.stop - site.start, x.shape[dim], module)
-        buffer = self._at_strength.get(x.device)
-        if buffer is None:
-            buffer = self._at_strength[x.device] = (self._identity + self.strength * self._displacement).to(x.device)
-        scale, shift = buffer[:, site.start : site.stop]
-        lower = None if site.lower is None else site.lower.to(x.device)
-        upper = None if site.upper is None else site.upper.to(x.device)
+        if x.device not in self._moves:
+            self._moves[x.device] = torch.lerp(self._identity, self._full, self.strength).to(x.device)
+        if (x.device, site.name) not in self._supports:
+            lower, upper = (None if bound is None else bound.to(x.device) for bound in self._bounds[site.name])
+            self._supports[x.device, site.name] = lower, upper
+        scale, shift = self._moves[x.device][:, site.start : site.stop]
+        lower, upper = self._supports[x.device, site.name]
         return transport(x, scale, shift, lower, upper, channel_dim=dim, spatial=self.spatial)
 
     def _check_units(self, site: str, fitted: int, found: int | None, module: nn.Module) -> None:
@@ -170,7 +170,7 @@ def _by_row(x: Tensor, moved: Tensor, rows: Tensor, site: str) -> Tensor:
     """`moved` at the strength factor of each row: exactly `x` where it is 0, exactly `moved` where it is 1."""
     if x.shape[0] % len(rows):
         raise ValueError(f"{site} has {x.shape[0]} rows, which is no multiple of the {len(rows)} row strengths")
-    factor = rows.to(x.device, torch.float32).repeat_interleave(x.shape[0] // len(rows))
+    factor = rows.to(x.device, torch.promote_types(x.dtype, torch.float32)).repeat_interleave(x.shape[0] // len(rows))
     factor = factor.view(-1, *[1] * (x.ndim - 1))
-    between = torch.lerp(x.float(), moved.float(), factor).to(x.dtype)
+    between = torch.lerp(x.to(factor.dtype), moved.to(factor.dtype), factor).to(x.dtype)
     return torch.where(factor == 0, x, torch.where(factor == 1, moved, between))
