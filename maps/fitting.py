@@ -6,12 +6,15 @@ own until it reaches the next site and waits there; when all have arrived the si
 One forward per prompt fits every site, in execution order, and gives the maps of the definition.
 
 What waits is the memory: at any time the live activations of all micro-batches, not those of one.
+
+Grad mode, inference mode and autocast belong to the thread, which all micro-batches share; each switch saves and restores
+them, so that a forward may enter and leave them as it likes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -27,11 +30,11 @@ from tqdm import tqdm
 
 from .act_map import ActMap, ActMapMetadata
 from .affine import AffineMap, transport
-from .estimators import ESTIMATORS, support_bounds, transport_costs
+from .estimators import ESTIMATORS, check_support, support_bounds, transport_costs
 from .hooks import attach
 from .memory import available_memory
 from .pooling import POOLINGS, samples
-from .sites import Components, as_components, channel_dim, find_sites, read_output, replace_output, resolve
+from .sites import Components, as_components, channel_dim, evaluating, find_sites, read_output, replace_output, resolve
 
 Batch = Any
 Forward = Callable[[Batch], Any]
@@ -88,7 +91,7 @@ def fit_map(
             (naming the site), or micro-batches that take different paths through the model.
         MemoryError: when the waiting micro-batches would exhaust the memory; says what to lower.
     """
-    _check_modes(method, pooling, positions, spatial)
+    _check_modes(method, pooling, positions, support, spatial)
     components = as_components(model)
     names = find_sites(components, sites)
     modules = resolve(components, names, "the list of sites")
@@ -114,7 +117,7 @@ def fit_map(
     )
     micro_batches = [_MicroBatch(forward, batch, side) for side, batches in sides.items() for batch in batches]
     bar = tqdm(total=len(names), disable=not progress, desc="Fitting sites", unit="site")
-    with _evaluating(components), torch.no_grad(), bar:
+    with evaluating(components), torch.no_grad(), bar:
         fit.run(modules, micro_batches, bar)
     unreached = [site for site in names if site not in fit.maps]
     if unreached and (sites is not None or not fit.maps):
@@ -122,21 +125,23 @@ def fit_map(
             f"{len(unreached)} of {len(names)} sites were never reached by the forward, for example {unreached[0]}; "
             "leave them out of `sites`, or let the forward run their component"
         )
+    metadata = metadata or ActMapMetadata()
     return ActMap(
-        fit.maps,
+        {site: fitted.to("cpu") for site, fitted in fit.maps.items()},
         replace(
-            metadata or ActMapMetadata(created=datetime.now(timezone.utc).isoformat(timespec="seconds")),
+            metadata,
+            created=metadata.created or datetime.now(timezone.utc).isoformat(timespec="seconds"),
             method=method,
             pooling=pooling,
             positions=positions if pooling == "none" else None,
-            support=support,
+            support=support if isinstance(support, str) else (support[0], support[1]),
             spatial=spatial,
             causal=causal,
             transport_target=transport_target,
             seed=seed,
             architecture={name: type(module).__name__ for name, module in components.items()},
-            n_source=(metadata and metadata.n_source) or len(source),
-            n_target=(metadata and metadata.n_target) or len(target),
+            n_source=metadata.n_source or sum(map(_prompt_count, source)),
+            n_target=metadata.n_target or sum(map(_prompt_count, target)),
             costs=fit.costs,
             libraries=_library_versions(),
         ),
@@ -144,16 +149,68 @@ def fit_map(
 
 
 class _MicroBatch(greenlet):
-    """One micro-batch on its way through the model; switching to it runs it until it waits at a site, or to the end."""
+    """One micro-batch on its way through the model."""
 
     def __init__(self, forward: Forward, batch: Batch, side: str) -> None:
         super().__init__()
         self.gr_context = copy_context()
         self.forward, self.batch, self.side = forward, batch, side
         self.mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        self.modes = _Modes.current()
+        self.site: str | None = None
+        self.pooled: Tensor | None = None
 
     def run(self) -> None:
         self.forward(self.batch)
+
+    def advance(self) -> str | None:
+        """Run to the next site, whose name is returned and whose samples lie in `pooled`; None at the end of the forward."""
+        self.site = None
+        with self.modes.entered():
+            self.switch()
+        return self.site
+
+    def wait(self, site: str) -> None:
+        """Called within the forward, with samples of `site` in `pooled`: wait until its map is fitted."""
+        self.site, self.modes = site, _Modes.current()
+        self.parent.switch()
+
+    def end(self) -> None:
+        """Unwind the forward if it is under way."""
+        if self:
+            with self.modes.entered():
+                self.throw(GreenletExit)
+
+
+@dataclass(frozen=True)
+class _Modes:
+    """Modes of the thread that a forward may change."""
+
+    grad: bool
+    inference: bool
+    autocast: tuple[tuple[str, bool, torch.dtype], ...]
+
+    @classmethod
+    def current(cls) -> _Modes:
+        autocast = tuple((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))
+        return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast)
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """These modes inside, and those of before after."""
+        before = self.current()
+        with torch.inference_mode(self.inference):
+            torch.set_grad_enabled(self.grad)
+            self._set_autocast()
+            try:
+                yield
+            finally:
+                before._set_autocast()
+
+    def _set_autocast(self) -> None:
+        for device, enabled, dtype in self.autocast:
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
 
 
 @dataclass
@@ -171,21 +228,14 @@ class _Fit:
 
     def run(self, modules: Mapping[str, nn.Module], waiting: list[_MicroBatch], bar: tqdm) -> None:
         """Move all micro-batches from site to site, in step, until every site is fitted or the forwards end."""
-        detach = [attach(module, partial(self._at_site, site)) for site, module in modules.items()]
-        try:
-            while len(self.maps) < len(modules) and (arrivals := self._advance(waiting)):
-                site = arrivals[0][0]
-                by_side: dict[str, list[Tensor]] = {"source": [], "target": []}
-                for (_, pooled), micro_batch in zip(arrivals, waiting, strict=True):
-                    by_side[micro_batch.side].append(pooled)
-                self._fit_site(site, torch.cat(by_side["source"]), torch.cat(by_side["target"]))
-                bar.update()
-        finally:
-            for undo in detach:
-                undo()
+        with ExitStack() as undo:  # runs all of these, even if one of them raises
             for micro_batch in waiting:
-                if micro_batch:  # started and not finished: unwind its forward
-                    micro_batch.throw(GreenletExit)
+                undo.callback(micro_batch.end)
+            for site, module in modules.items():
+                undo.callback(attach(module, partial(self._at_site, site)))
+            while len(self.maps) < len(modules) and (arrived := self._advance(waiting)):
+                self._fit_site(arrived, *(self._collect(waiting, side) for side in ("source", "target")))
+                bar.update()
 
     def _at_site(self, site: str, module: nn.Module, output: Any) -> Any:
         """The hook on every site: hand samples over and wait for the map at the first visit, apply it at every visit."""
@@ -194,7 +244,8 @@ class _Fit:
             return output
         x = read_output(module, output, site)
         if site not in self.maps:
-            micro_batch.parent.switch((site, self.sample(x, module, site, micro_batch.mask)))
+            micro_batch.pooled = self.sample(x, module, site, micro_batch.mask)
+            micro_batch.wait(site)
         if micro_batch.side not in self.moved_sides:
             return output
         fitted = self.maps[site]
@@ -209,24 +260,33 @@ class _Fit:
         )
         return replace_output(module, output, site, moved)
 
-    def _advance(self, micro_batches: list[_MicroBatch]) -> list[tuple[str, Tensor]]:
-        """Run every micro-batch to its next site; an empty list means that all forwards have ended.
+    def _advance(self, micro_batches: list[_MicroBatch]) -> str | None:
+        """Run every micro-batch to its next site and name it; None means that all forwards have ended.
 
         Raises:
             ValueError: if they do not all arrive at the same site.
             MemoryError: if too little memory is left.
         """
-        arrivals = []
+        places: set[str | None] = set()
         for count, micro_batch in enumerate(micro_batches, 1):
-            arrivals.append(micro_batch.switch())
+            places.add(micro_batch.advance())
             self.memory.check(count, len(micro_batches))
-        places = {arrival[0] if arrival else "the end" for arrival in arrivals}
         if len(places) > 1:
+            named = " and others at ".join(sorted(place or "the end" for place in places))
             raise ValueError(
-                f"micro-batches take different paths through the model: some arrive at {' and others at '.join(sorted(places))}; "
+                f"micro-batches take different paths through the model: some arrive at {named}; "
                 "fit sites that every prompt visits in the same order"
             )
-        return [] if places == {"the end"} else arrivals
+        return places.pop()
+
+    def _collect(self, micro_batches: list[_MicroBatch], side: str) -> Tensor:
+        """The samples (n, C) of one side, taken from its micro-batches."""
+        taken = []
+        for micro_batch in micro_batches:
+            if micro_batch.side == side and micro_batch.pooled is not None:
+                taken.append(micro_batch.pooled)
+                micro_batch.pooled = None
+        return torch.cat(taken)
 
     def _fit_site(self, site: str, source: Tensor, target: Tensor) -> None:
         try:
@@ -264,7 +324,9 @@ class _MemoryGuard:
             )
 
 
-def _check_modes(method: str, pooling: str, positions: int | None, spatial: str) -> None:
+def _check_modes(
+    method: str, pooling: str, positions: int | None, support: str | tuple[float, float], spatial: str
+) -> None:
     for value, name, known in (
         (method, "method", tuple(ESTIMATORS)),
         (pooling, "pooling", POOLINGS),
@@ -274,6 +336,7 @@ def _check_modes(method: str, pooling: str, positions: int | None, spatial: str)
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
     if positions is not None and positions < 1:
         raise ValueError(f"positions must be at least 1, or None for all, got {positions}")
+    check_support(support)
 
 
 def _micro_batches(batches: Sequence[Batch], batch_size: int | None, side: str) -> list[Batch]:
@@ -297,8 +360,7 @@ def _micro_batches(batches: Sequence[Batch], batch_size: int | None, side: str) 
 
 def _row_count(batch: Batch) -> int:
     """Rows of a micro-batch that is a tensor, a list, or a mapping of those."""
-    values = batch.values() if isinstance(batch, Mapping) else [batch]
-    counts = {len(value) for value in values if isinstance(value, (Tensor, list, tuple))}
+    counts = set(_lengths(batch))
     if len(counts) != 1:
         raise ValueError(
             f"cannot count the rows of a micro-batch ({type(batch).__name__}): its entries have {sorted(counts)} rows"
@@ -306,10 +368,28 @@ def _row_count(batch: Batch) -> int:
     return counts.pop()
 
 
+def _prompt_count(batch: Batch) -> int:
+    """Rows of a micro-batch, or 1 if it does not tell."""
+    counts = set(_lengths(batch))
+    return counts.pop() if len(counts) == 1 else 1
+
+
+def _lengths(batch: Batch) -> Iterator[int]:
+    if isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _lengths(value)
+    elif _has_rows(batch):
+        yield len(batch)
+
+
+def _has_rows(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) or (isinstance(value, Tensor) and value.ndim > 0)
+
+
 def _rows(batch: Batch, start: int, stop: int) -> Batch:
     if isinstance(batch, Mapping):
-        return {k: v[start:stop] if isinstance(v, (Tensor, list, tuple)) else v for k, v in batch.items()}
-    return batch[start:stop]
+        return {key: _rows(value, start, stop) for key, value in batch.items()}
+    return batch[start:stop] if _has_rows(batch) else batch
 
 
 def _default_forward(components: Components) -> Forward:
@@ -319,19 +399,6 @@ def _default_forward(components: Components) -> Forward:
         )
     (model,) = components.values()
     return lambda batch: model(**batch) if isinstance(batch, Mapping) else model(batch)
-
-
-@contextmanager
-def _evaluating(components: Components) -> Iterator[None]:
-    """All modules in eval mode, so that dropout does not enter the statistics; each mode is restored after."""
-    training = [m for root in components.values() for m in root.modules() if m.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _library_versions() -> dict[str, str]:
