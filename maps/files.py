@@ -13,6 +13,7 @@ import tempfile
 from dataclasses import asdict, fields
 from os import PathLike
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -24,6 +25,12 @@ from .affine import AffineMap
 
 FORMAT_VERSION = 1
 DEFAULT_FILENAME = "act_map.safetensors"
+_PARTS = ("scale", "shift", "lower", "upper")
+_KINDS: dict[str, tuple[type, ...]] = {  # of metadata whose default does not tell
+    "positions": (int, NoneType),
+    "support": (str, tuple),
+    "recommended_strength": (float, int),
+}
 MAX_BYTES = 2**30  # two hundred times the map of all norms of SDXL
 
 
@@ -38,7 +45,7 @@ def save(act_map: ActMap, path: str | PathLike[str]) -> None:
         raise ValueError(f"act maps are .safetensors files, got {path.name!r}")
     tensors = {}
     for site, affine in act_map.items():
-        for part in ("scale", "shift", "lower", "upper"):
+        for part in _PARTS:
             if (values := getattr(affine, part)) is not None:
                 tensors[f"{site}.{part}"] = values.cpu().contiguous().clone()
     header = {
@@ -100,7 +107,11 @@ def push_to_hub(
 def _local_path(path_or_hub_id: str | PathLike[str], filename: str | None, revision: str | None) -> Path:
     path = Path(path_or_hub_id)
     if path.is_dir():
-        path = path / (filename or DEFAULT_FILENAME)
+        found = path / (filename or DEFAULT_FILENAME)
+        if not found.is_file():
+            held = ", ".join(sorted(file.name for file in path.glob("*.safetensors"))) or "no .safetensors file"
+            raise FileNotFoundError(f"folder {path} has no {found.name}; it has {held}")
+        return found
     if path.is_file():
         return path
     name = str(path_or_hub_id)
@@ -127,15 +138,16 @@ def _header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
         )
     try:
         header = json.loads(metadata["actmaps"])
-        format_version, sites = header["format_version"], header["sites"]
-        well_formed = isinstance(sites, dict) and all(isinstance(count, int) for count in sites.values())
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"the metadata of {path} is damaged ({error!r})") from None
-    if format_version != FORMAT_VERSION:
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the metadata of {path} is damaged ({error})") from None
+    if not isinstance(header, dict) or "format_version" not in header:
+        raise ValueError(f"the metadata of {path} is damaged: it has no 'format_version'")
+    if header["format_version"] != FORMAT_VERSION:
         raise ValueError(
-            f"{path} has act map format {format_version}, this version reads {FORMAT_VERSION}; update actmaps"
+            f"{path} has act map format {header['format_version']}, this version reads {FORMAT_VERSION}; update actmaps"
         )
-    if not well_formed:
+    sites = header.get("sites")
+    if not isinstance(sites, dict) or not sites or not all(type(count) is int for count in sites.values()):
         raise ValueError(f"the metadata of {path} is damaged: 'sites' must map site names to unit counts")
     return header
 
@@ -143,15 +155,15 @@ def _header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
 def _maps(path: Path, header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, AffineMap]:
     maps = {}
     for site, channels in header["sites"].items():
-        parts = {part: tensors.pop(f"{site}.{part}", None) for part in ("scale", "shift", "lower", "upper")}
-        if parts["scale"] is None or parts["shift"] is None:
+        scale, shift, lower, upper = (tensors.pop(f"{site}.{part}", None) for part in _PARTS)
+        if scale is None or shift is None:
             raise ValueError(f"{path} lacks scale or shift of {site}")
-        if parts["scale"].shape != (channels,):
-            raise ValueError(
-                f"{path}: {site} has shape {tuple(parts['scale'].shape)}, its metadata says {channels} units"
-            )
+        if scale.shape != (channels,):
+            raise ValueError(f"{path}: {site} has shape {tuple(scale.shape)}, its metadata says {channels} units")
+        if any(part is not None and part.dtype is not torch.float32 for part in (scale, shift, lower, upper)):
+            raise ValueError(f"{path}: {site} is not stored in float32")
         try:
-            maps[site] = AffineMap(**parts)
+            maps[site] = AffineMap(scale, shift, lower, upper)
         except ValueError as error:
             raise ValueError(f"{path}: {site}: {error}") from None
     if tensors:
@@ -160,11 +172,24 @@ def _maps(path: Path, header: dict[str, Any], tensors: dict[str, torch.Tensor]) 
 
 
 def _metadata(path: Path, header: dict[str, Any]) -> ActMapMetadata:
-    """The known fields; JSON lists become tuples. Fields of later minor versions are ignored."""
-    known = {field.name for field in fields(ActMapMetadata)}
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in header.items() if key in known}
-    for key in ("architecture", "libraries", "costs"):
-        if not isinstance(values.get(key, {}), dict):
-            raise ValueError(f"the metadata of {path} is damaged: {key!r} must be an object")
-    values["costs"] = {site: tuple(cost) for site, cost in values.get("costs", {}).items()}
+    """The known fields; JSON lists become tuples. Fields that later versions add are ignored.
+
+    Raises:
+        ValueError: if a field has another type than its default.
+    """
+    defaults = ActMapMetadata()
+    values: dict[str, Any] = {}
+    for field in fields(ActMapMetadata):
+        if field.name not in header:
+            continue
+        value = header[field.name]
+        value = tuple(value) if isinstance(value, list) else value
+        kinds = _KINDS.get(field.name, (type(getattr(defaults, field.name)),))
+        if type(value) not in kinds:
+            raise ValueError(f"the metadata of {path} is damaged: {field.name!r} is {value!r}")
+        values[field.name] = value
+    costs = values.get("costs", {})
+    if not all(isinstance(cost, list) and len(cost) == 2 for cost in costs.values()):
+        raise ValueError(f"the metadata of {path} is damaged: 'costs' must map sites to pairs")
+    values["costs"] = {site: tuple(cost) for site, cost in costs.items()}
     return ActMapMetadata(**values)
