@@ -21,6 +21,7 @@ class ActMapMetadata:
         name, description, licence, created: for people; `created` is an ISO 8601 UTC time.
         method, pooling, positions, support, spatial, causal, transport_target, seed: the arguments of `fit_map`.
         timesteps: fractions of the sampling run that were recorded (0 = pure noise); empty for text models.
+        latents: whose sampling runs they are: "own", "source" or "target".
         rows: "cond" steers the conditional rows of classifier-free guidance only, "both" all rows.
         architecture: class name per component, for example {"unet": "UNet2DConditionModel"}.
         model_name: name or path of the model that the map was fitted on.
@@ -43,6 +44,7 @@ class ActMapMetadata:
     transport_target: bool = False
     seed: int = 0
     timesteps: tuple[float, ...] = ()
+    latents: str = "own"
     rows: str = "cond"
     architecture: Mapping[str, str] = field(default_factory=dict)
     model_name: str = ""

@@ -37,6 +37,7 @@ class StableDiffusionACTPipeline(ACTMixin, StableDiffusionPipeline):
         sites: str | Sequence[str] | None = None,
         method: str = "linear",
         timesteps: int | Sequence[float] = 3,
+        latents: str = "own",
         num_inference_steps: int = 20,
         guidance_scale: float | None = None,
         rows: str = "cond",
@@ -49,8 +50,8 @@ class StableDiffusionACTPipeline(ACTMixin, StableDiffusionPipeline):
     ) -> ActMap:
         """Fit a map from two prompt sets, and load it under `name`.
 
-        The latents of an unsteered sampling run of every prompt are recorded at the chosen timesteps, prompt i of both sets
-        starting from the same noise; then one pass over all (prompt, timestep) pairs fits every site.
+        The latents of unsteered sampling runs are recorded at the chosen timesteps, prompt i of both sets starting from the
+        same noise; then one pass over all (prompt, timestep) pairs fits every site.
 
         Args:
             source_prompts, target_prompts: what the model does now, and what it should do. The numbers may differ.
@@ -60,6 +61,8 @@ class StableDiffusionACTPipeline(ACTMixin, StableDiffusionPipeline):
             method: "linear", "mean" or "gaussian".
             timesteps: how many timesteps, spread over the run from pure noise on, or their fractions of the run: 0 is pure
                 noise. (0.0,) is the paper's way and needs no sampling.
+            latents: whose sampling run the U-Net looks at while fitting: "own" each prompt's; "source" or "target" the run of
+                prompt i of that set for prompt i of both.
             num_inference_steps, guidance_scale: of the sampling run; guidance None takes the pipeline's default.
             rows: "cond" fits and steers the conditional rows of classifier-free guidance, "both" all rows.
             seed: of the noise (prompt i has seed + i) and of the draw of positions.
@@ -78,8 +81,12 @@ class StableDiffusionACTPipeline(ACTMixin, StableDiffusionPipeline):
             "source": as_prompts(source_prompts, "source"),
             "target": as_prompts(target_prompts, "target"),
         }
-        if rows not in ("cond", "both"):
-            raise ValueError(f'rows must be "cond" or "both", got {rows!r}')
+        for value, option, known in (
+            (rows, "rows", ("cond", "both")),
+            (latents, "latents", ("own", "source", "target")),
+        ):
+            if value not in known:
+                raise ValueError(f"{option} must be one of {', '.join(known)}, got {value!r}")
         if name is not None and name in self._act_maps:
             raise ValueError(f"an act map named {name!r} is already loaded; delete it first or choose another name")
         fractions = _fractions(timesteps)
@@ -87,20 +94,25 @@ class StableDiffusionACTPipeline(ACTMixin, StableDiffusionPipeline):
         names = find_sites(components, sites)
         if not any(site.startswith("unet.") for site in names):
             fractions = ()  # the U-Net need not run at all
-        runs = _SamplingRuns(self, num_inference_steps, guidance_scale, seed, height, width)
+        run_of = {side: side if latents == "own" else latents for side in prompts}
+        runs = _SamplingRuns(self, num_inference_steps, guidance_scale, seed, height, width, batch_size, progress)
+        recorded = {
+            side: runs.record(prompts[side], fractions) for side in dict.fromkeys(run_of.values()) if fractions
+        }
         micro_batches: dict[str, list[dict[str, Any]]] = {"source": [], "target": []}
-        total = sum(map(len, prompts.values()))
-        with tqdm(total=total, desc="Recording latents", unit="prompt", disable=not progress or not fractions) as bar:
-            for side, side_prompts in prompts.items():
-                for start in range(0, len(side_prompts), batch_size):
-                    chunk = side_prompts[start : start + batch_size]
-                    latents, times = runs.record(chunk, start, fractions) if fractions else (None, None)
-                    micro_batches[side].append({"prompts": chunk, "latents": latents, "timesteps": times})
-                    bar.update(len(chunk))
+        for side, side_prompts in prompts.items():
+            for start in range(0, len(side_prompts), batch_size):
+                chunk = side_prompts[start : start + batch_size]
+                run = None
+                if fractions:
+                    inputs, times = recorded[run_of[side]]
+                    run = inputs[[(start + i) % len(inputs) for i in range(len(chunk))]], times
+                micro_batches[side].append({"prompts": chunk, "run": run})
         metadata = ActMapMetadata(
             name=name or "act_map",
             timesteps=fractions,
             rows=rows,
+            latents=latents,
             model_name=str(self.config.get("_name_or_path") or type(self).__name__),
             n_source=len(prompts["source"]),
             n_target=len(prompts["target"]),
@@ -126,11 +138,11 @@ class StableDiffusionACTPipeline(ACTMixin, StableDiffusionPipeline):
     def _denoise(self, batch: dict[str, Any], rows: str) -> None:
         """Encode the prompts of a micro-batch and run the U-Net once on all its recorded latents."""
         embeds, negative_embeds = self.encode_prompt(batch["prompts"], self._execution_device, 1, rows == "both")
-        if batch["latents"] is None:
+        if batch["run"] is None:
             return
-        count = len(batch["timesteps"])
-        latents = batch["latents"].flatten(0, 1)
-        timesteps = batch["timesteps"].repeat(len(batch["prompts"]))
+        latents, timesteps = batch["run"]
+        count = len(timesteps)
+        latents, timesteps = latents.flatten(0, 1), timesteps.repeat(len(latents))
         embeds = embeds.repeat_interleave(count, 0)
         if rows == "both":
             embeds = torch.cat([negative_embeds.repeat_interleave(count, 0), embeds])
@@ -148,10 +160,22 @@ class _SamplingRuns:
     seed: int
     height: int | None
     width: int | None
+    batch_size: int
+    progress: bool
+
+    def record(self, prompts: list[str], fractions: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """U-Net inputs (prompts, timesteps, C, h, w) and the timesteps (timesteps,) at `fractions` of the run."""
+        latents = []
+        with tqdm(total=len(prompts), desc="Recording latents", unit="prompt", disable=not self.progress) as bar:
+            for start in range(0, len(prompts), self.batch_size):
+                chunk = prompts[start : start + self.batch_size]
+                inputs, timesteps = self._record(chunk, start, fractions)
+                latents.append(inputs)
+                bar.update(len(chunk))
+        return torch.cat(latents), timesteps
 
     @torch.no_grad()
-    def record(self, prompts: list[str], first_index: int, fractions: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """U-Net inputs (prompts, timesteps, C, h, w) and the timesteps (timesteps,) at `fractions` of the run."""
+    def _record(self, prompts: list[str], first_index: int, fractions: Sequence[float]) -> tuple[Tensor, Tensor]:
         pipe = self.pipe
         steps = sorted({min(int(f * self.num_inference_steps), self.num_inference_steps - 1) for f in fractions})
         latents: list[Tensor] = []

@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 import pytest
-import tiny_models
 import torch
 
+import tiny_models
 from actmaps.evaluation.images import Sampling, draw, monotonicity, score_concept, score_style
 from actmaps.pipelines import StableDiffusionACTPipeline
 

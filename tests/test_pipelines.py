@@ -102,6 +102,18 @@ def test_sites_come_in_execution_order_over_both_components(pipe):
     assert act_map.metadata.architecture == {"text_encoder": "CLIPTextModel", "unet": "UNet2DConditionModel"}
 
 
+@pytest.mark.parametrize("side", ["source", "target"])
+def test_both_sides_can_look_at_the_runs_of_one(pipe, side):
+    seen = []
+    handle = pipe.unet.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    act_map = fit(pipe, sites="unet.conv_norm_out", latents=side, batch_size=4)
+    handle.remove()
+
+    source, target = seen[-2:]  # the two fitting forwards, three timesteps per prompt
+    assert torch.equal(source, target[:9])
+    assert act_map.metadata.latents == side
+
+
 def test_text_encoder_sites_alone_need_no_sampling(pipe):
     calls = []
     handle = pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -365,7 +377,8 @@ def test_prompt_embeds_make_text_encoder_maps_inert_with_a_warning(pipe, caplog)
         (lambda p: p.fit_act_map([], TARGET), "source_prompts is empty"),
         (lambda p: p.fit_act_map(SOURCE, "ink"), "target_prompts is one string"),
         (lambda p: p.fit_act_map(SOURCE, [None]), r"target_prompts\[0\] is NoneType"),
-        (lambda p: p.fit_act_map(SOURCE, TARGET, rows="uncond"), 'rows must be "cond" or "both"'),
+        (lambda p: p.fit_act_map(SOURCE, TARGET, rows="uncond"), "rows must be one of cond, both"),
+        (lambda p: p.fit_act_map(SOURCE, TARGET, latents="mine"), "latents must be one of own, source, target"),
         (lambda p: p.fit_act_map(SOURCE, TARGET, timesteps=[1.0]), "fractions of the run"),
         (lambda p: p.fit_act_map(SOURCE, TARGET, timesteps=0), "timesteps must be at least 1"),
         (lambda p: p.fit_act_map(SOURCE, TARGET, sites=["unet.conv_norm_ou"]), "closest: unet.conv_norm_out"),
