@@ -33,6 +33,7 @@ from .affine import AffineMap, transport
 from .estimators import ESTIMATORS, check_support, support_bounds, transport_costs
 from .hooks import attach
 from .memory import available_memory
+from .offload import Offload
 from .pooling import POOLINGS, samples
 from .sites import Components, as_components, channel_dim, evaluating, find_sites, read_output, replace_output, resolve
 
@@ -58,6 +59,7 @@ def fit_map(
     transport_target: bool = False,
     batch_size: int | None = None,
     seed: int = 0,
+    offload: bool = False,
     memory_reserve: float = 0.05,
     progress: bool = True,
     metadata: ActMapMetadata | None = None,
@@ -79,6 +81,7 @@ def fit_map(
         transport_target: apply the maps to the target samples too (the paper's definition) while fitting causally.
         batch_size: cut micro-batches (tensors, or mappings of tensors, rows in dim 0) into at most this many rows.
         seed: of the draw of positions.
+        offload: keep the activations of waiting micro-batches in host memory; slower, for models on a GPU.
         memory_reserve: fraction of the memory of the model's device that must stay free.
         progress: show a progress bar over sites.
         metadata: name, description and other fields to store; modes are filled in here.
@@ -115,7 +118,12 @@ def fit_map(
         moved_sides=() if not causal else ("source", "target") if transport_target else ("source",),
         memory=_MemoryGuard(device, memory_reserve),
     )
-    micro_batches = [_MicroBatch(forward, batch, side) for side, batches in sides.items() for batch in batches]
+    weights = [t for module in components.values() for t in (*module.parameters(), *module.buffers())]
+    micro_batches = [
+        _MicroBatch(forward, batch, side, Offload(weights) if offload else None)
+        for side, batches in sides.items()
+        for batch in batches
+    ]
     bar = tqdm(total=len(names), disable=not progress, desc="Fitting sites", unit="site")
     with evaluating(components), torch.no_grad(), bar:
         fit.run(modules, micro_batches, bar)
@@ -151,10 +159,10 @@ def fit_map(
 class _MicroBatch(greenlet):
     """One micro-batch on its way through the model."""
 
-    def __init__(self, forward: Forward, batch: Batch, side: str) -> None:
+    def __init__(self, forward: Forward, batch: Batch, side: str, offload: Offload | None) -> None:
         super().__init__()
         self.gr_context = copy_context()
-        self.forward, self.batch, self.side = forward, batch, side
+        self.forward, self.batch, self.side, self.offload = forward, batch, side, offload
         self.mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         self.modes = _Modes.current()
         self.site: str | None = None
@@ -166,8 +174,16 @@ class _MicroBatch(greenlet):
     def advance(self) -> str | None:
         """Run to the next site, whose name is returned and whose samples lie in `pooled`; None at the end of the forward."""
         self.site = None
-        with self.modes.entered():
+        if self.offload is None:
+            with self.modes.entered():
+                self.switch()
+            return self.site
+        self.offload.restore()
+        with self.modes.entered(), self.offload:
             self.switch()
+        if self.pooled is not None:
+            self.pooled = self.pooled.clone()  # samples may be a view of the activations, which are about to leave
+        self.offload.park()
         return self.site
 
     def wait(self, site: str) -> None:
@@ -178,6 +194,8 @@ class _MicroBatch(greenlet):
     def end(self) -> None:
         """Unwind the forward if it is under way."""
         if self:
+            if self.offload is not None:
+                self.offload.restore()
             with self.modes.entered():
                 self.throw(GreenletExit)
 
@@ -319,7 +337,7 @@ class _MemoryGuard:
             raise MemoryError(
                 f"only {free / 2**30:.1f} of {size / 2**30:.1f} GiB are free on {self.device} while {waiting} of {total} "
                 "micro-batches have reached a site: the live activations of every prompt wait there. Fit on fewer prompts or "
-                "timesteps, at a smaller size, in half precision, or with smaller `positions`; a smaller `batch_size` lowers "
+                "timesteps, at a smaller size, in half precision, with smaller `positions`, or (on a GPU) with offload=True; a smaller `batch_size` lowers "
                 "only what one forward needs on top"
             )
 
