@@ -1,4 +1,4 @@
-"""Pictures of the same prompts and seeds at several strengths."""
+"""Pictures of the same prompts and seeds at several strengths, beside what prompting alone gives."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from .grid import draw_grid
+
 if TYPE_CHECKING:
+    from ..maps import ActMap
+    from ..maps.presets import Preset
     from ..pipelines import ACTMixin
+
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def strength_sweep(
@@ -17,7 +23,7 @@ def strength_sweep(
     """Draw every prompt at every strength of the active maps.
 
     Args:
-        pipe: a text-to-image pipeline with act maps.
+        pipe: a text-to-image pipeline with maps loaded and active.
         prompts: one row each; prompt i is drawn from seed `seed + i`, the same at every strength.
         strengths: one column each.
         seed: of the first row.
@@ -37,3 +43,62 @@ def _generators(seed: int, count: int) -> list[Any]:
     import torch
 
     return [torch.Generator().manual_seed(seed + i) for i in range(count)]
+
+
+def strength_labels(strengths: Sequence[float]) -> list[str]:
+    """Column labels for `draw_grid`."""
+    return ["0\nunsteered" if strength == 0 else f"{strength:g}" for strength in strengths]
+
+
+def preset_sweep(
+    pipe: ACTMixin,
+    preset: Preset,
+    act_map: ActMap,
+    subjects: Sequence[str],
+    *,
+    strengths: Sequence[float] = STRENGTHS,
+    seed: int = 0,
+    **call_options: Any,
+) -> Image.Image:
+    """A grid that shows what a map fitted on `preset` does to subjects, with the preset's own words in the prompt beside it.
+
+    Args:
+        pipe: a text-to-image pipeline without active maps; it is left as it was.
+        act_map: the map, fitted on the preset.
+        subjects: one row each.
+        strengths, seed, call_options: as for `strength_sweep`.
+    """
+    prompts, _ = preset.prompts(subjects, seed)
+    if preset.kind == "negation":
+        wearing = preset.source.templates[0].replace("{subject}", "").strip()
+        word = wearing.split()[-1]
+        title, subtitle = (
+            f"Taking away “{word}” with an act map",
+            f"Every prompt but those of the first comparison says “{wearing}”.",
+        )
+        compared = {
+            "without it\nin the prompt": (list(subjects), {}),
+            f"“{word}” as\nnegative prompt": (prompts, {"negative_prompt": [word] * len(prompts)}),
+        }
+    else:
+        word = preset.target.tags[0] if preset.target.tags else preset.name
+        title, subtitle = f"“{word}” with an act map", "No prompt but those of the last column names it."
+        compared = {f"“{word}”\nin the prompt": ([f"{prompt}, {word}" for prompt in prompts], {})}
+    name = pipe.load_act_map(act_map, f"sweep of {preset.name}")
+    try:
+        rows = strength_sweep(pipe, prompts, strengths, seed=seed, **call_options)
+    finally:
+        pipe.delete_act_maps(name)
+    for others, options in compared.values():
+        extra = strength_sweep(pipe, others, [0.0], seed=seed, **call_options, **options)
+        rows = [row + more for row, more in zip(rows, extra, strict=True)]
+    return draw_grid(
+        rows,
+        prompts,
+        [*strength_labels(strengths), *compared],
+        title=title,
+        subtitle=f"{subtitle} Every row keeps its seed.",
+        heading="strength of the map",
+        apart=len(compared),
+        apart_heading="for comparison",
+    )

@@ -1,0 +1,5 @@
+"""`python -m actmaps`."""
+
+from .cli import main
+
+main()

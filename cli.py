@@ -1,0 +1,569 @@
+"""The command line: fit, look at, combine and try out act maps.
+
+Everything heavy (torch, diffusers) is imported inside the commands, so that help appears at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from . import __version__
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from .maps import ActMap
+    from .maps.presets import Preset
+    from .pipelines import StableDiffusionACTPipeline
+
+DEMO = "demo"
+DEMO_SAMPLING: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 4.0}
+# Held-out subjects: the demo model has never seen a picture of them.
+DEMO_SUBJECTS = {
+    "style": ("lion", "polar bear", "crab", "croissant", "telephone", "laptop"),
+    "negation": ("lion", "polar bear", "pig", "llama", "grinning face", "melon"),
+}
+
+app = typer.Typer(
+    name="actmaps",
+    help="Activation Transport maps: steer text-to-image and language models without training.",
+    epilog="Start with [bold]actmaps demo[/bold], which needs nothing but this package.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+console = Console()
+error_console = Console(stderr=True)
+
+
+def say(text: str, **style: Any) -> None:
+    """Print text with rich markup, without breaking long paths."""
+    console.print(text, soft_wrap=True, highlight=False, **style)
+
+
+@contextmanager
+def readable_errors(debug: bool) -> Iterator[None]:
+    """Turn an error into one red line and exit code 1; with `debug` let it through with its traceback."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        if not isinstance(error, (ValueError, OSError, MemoryError, TypeError)):
+            message = f"unexpected {type(error).__name__}: {message} (--debug shows where it comes from)"
+        error_console.print(f"[bold red]error:[/] [red]{escape(message)}[/]", soft_wrap=True, highlight=False)
+        raise typer.Exit(1) from None
+
+
+def examples(*lines: str) -> str:
+    """An epilog with example commands, one per line."""
+    return "\n\n".join(["[bold]Examples[/bold]", *(f"[green]$[/green] actmaps {line}" for line in lines)])
+
+
+def option(*names: str, help: str, panel: str = "Options", **settings: Any) -> Any:  # noqa: A002 (Typer's word)
+    """An option whose help stands under a panel's heading."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, **settings)
+
+
+# Options of several commands -----------------------------------------------------------------------------------------
+
+SAMPLING, MACHINE = "Sampling", "Machine"
+Model = Annotated[str, option("--model", "-m", help="A diffusers folder, the name of a hub repository, or 'demo'.")]
+Steps = Annotated[int | None, option(panel=SAMPLING, help="Sampling steps. Default: the model's; 20 for the demo.")]
+Guidance = Annotated[float | None, option(panel=SAMPLING, help="Default: the pipeline's; 4 for the demo.")]
+Height = Annotated[int | None, option(panel=SAMPLING, help="Pixels. Default: the model's.")]
+Width = Annotated[int | None, option(panel=SAMPLING, help="Pixels. Default: the model's.")]
+Seed = Annotated[int, option(panel=SAMPLING, help="Of all random draws; equal seeds give equal results.")]
+Device = Annotated[str | None, option(panel=MACHINE, help="cpu, cuda, mps ... Default: a GPU if there is one.")]
+DType = Annotated[
+    str | None, option(panel=MACHINE, help="float32, float16 or bfloat16. Default: float16 on CUDA, else float32.")
+]
+Debug = Annotated[bool, option("--debug", panel=MACHINE, help="Show where an error comes from.", show_default=False)]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"actmaps {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+# Commands ------------------------------------------------------------------------------------------------------------
+
+
+@app.command(
+    epilog=examples("demo", "demo --style demo-pixel-art -o pixels", "demo --subject ring --subject scarf --seed 1")
+)
+def demo(
+    output: Annotated[Path, option("--output", "-o", help="Folder for maps and pictures.")] = Path("actmaps-demo"),
+    style: Annotated[str, option(help="Style preset to bring in; 'actmaps presets' lists them.")] = "demo-neon-sign",
+    negation: Annotated[str, option(help="Negation preset: what to take away.")] = "demo-no-hat",
+    subject: Annotated[list[str] | None, option(help="What to draw; repeat it for more rows.")] = None,
+    count: Annotated[int, option(help="Prompts per side to fit on.")] = 48,
+    seed: Seed = 0,
+    device: Device = None,
+    debug: Debug = False,
+) -> None:
+    """Fit a style and a negation on the bundled model, and draw what they do at growing strength."""
+    with readable_errors(debug):
+        from .evaluation.sweep import preset_sweep
+
+        started = perf_counter()
+        chosen = [_load_preset(style), _load_preset(negation)]
+        pipe = _load_pipeline(DEMO, device)
+        for preset in chosen:
+            say(f"\n[bold]{preset.name}[/]  {escape(preset.description)}")
+            act_map = _fit_preset(pipe, preset, count=count, seed=seed, **DEMO_SAMPLING)
+            act_map.save(output / f"{preset.name}.safetensors")
+            subjects = subject or DEMO_SUBJECTS.get(preset.kind, DEMO_SUBJECTS["style"])
+            picture = preset_sweep(pipe, preset, act_map, subjects, seed=seed, **DEMO_SAMPLING)
+            _save_picture(picture, output / f"{preset.name}.png")
+        say(f"\nDone in {perf_counter() - started:.0f} s. [bold]Look at the pictures:[/]")
+        for preset in chosen:
+            say(f"  [cyan]{output / preset.name}.png[/]   (map: {preset.name}.safetensors)")
+        file = output / f"{chosen[0].name}.safetensors"
+        say("\nNext, with a prompt of your own, and a look inside the map:")
+        say(f'  actmaps sweep --map {file} --prompt "a fox with a crown" --strengths 0,0.5,1,1.5 -o fox.png')
+        say(f"  actmaps inspect {file} --plot map.png")
+
+
+@app.command(
+    epilog=examples(
+        "fit --model demo --preset demo-pixel-art -o pixel-art.safetensors",
+        "fit --model ./my-model --source plain.txt --target ink.txt -o ink.safetensors",
+        "fit --model user/sd15 --preset my-style --sites unet --timesteps 0,0.5 -o my-style.safetensors",
+    )
+)
+def fit(
+    output: Annotated[Path, option("--output", "-o", help="The map, a .safetensors file.")],
+    model: Model = DEMO,
+    name: Annotated[str | None, option(help="Stored in the map. Default: the preset's name or the file's.")] = None,
+    preset: Annotated[str | None, option(panel="Prompts", help="A preset: its name or a .toml file.")] = None,
+    subjects: Annotated[
+        str | None, option(panel="Prompts", help="For the preset: a list of subjects, by name or .txt file.")
+    ] = None,
+    count: Annotated[int | None, option(panel="Prompts", help="For the preset: draw only so many subjects.")] = None,
+    source: Annotated[
+        Path | None, option(panel="Prompts", help="Instead of a preset: a file of prompts, one per line, as they are.")
+    ] = None,
+    target: Annotated[
+        Path | None, option(panel="Prompts", help="With --source: a file of prompts as they should be.")
+    ] = None,
+    sites: Annotated[
+        list[str] | None,
+        option(
+            panel="Method",
+            help="unet, text_encoder, the end of a module's name, or a regular expression; repeat it for several. "
+            "Default: the preset's advice, else all normalisation layers.",
+        ),
+    ] = None,
+    method: Annotated[str | None, option(panel="Method", help="linear, mean or gaussian.")] = None,
+    pooling: Annotated[
+        str | None, option(panel="Method", help="none (every position is a sample), mean, last, max or min.")
+    ] = None,
+    positions: Annotated[
+        str | None, option(panel="Method", help="With pooling none: positions per prompt and site, or 'all'.")
+    ] = None,
+    support: Annotated[
+        str | None, option(panel="Method", help="all, observed, or two quantiles such as 0.01,0.99.")
+    ] = None,
+    timesteps: Annotated[
+        str | None, option(panel="Method", help="How many, or fractions of the run such as 0,0.3; 0 is pure noise.")
+    ] = None,
+    rows: Annotated[
+        str | None, option(panel="Method", help="cond steers conditional rows only, both all rows.")
+    ] = None,
+    steps: Steps = None,
+    guidance_scale: Guidance = None,
+    height: Height = None,
+    width: Width = None,
+    seed: Seed = 0,
+    batch_size: Annotated[
+        int | None, option(panel=MACHINE, help="Prompts per forward; fewer need less memory.")
+    ] = None,
+    device: Device = None,
+    dtype: DType = None,
+    debug: Debug = False,
+) -> None:
+    """Fit a map from prompts as they are to prompts as they should be."""
+    with readable_errors(debug):
+        from .evaluation.tables import summary_table
+
+        if output.suffix != ".safetensors":
+            raise ValueError(f"--output must end in .safetensors, got {output.name!r}")
+        files = [path for path in (source, target) if path is not None]
+        if len(files) != (0 if preset else 2):
+            raise ValueError("give the prompts either by --preset or by both --source and --target")
+        if files and (subjects or count):
+            raise ValueError("--subjects and --count go with --preset; prompt files are taken as they are")
+        chosen = _load_preset(preset) if preset else None
+        prompts = [_read_prompts(path) for path in files]
+        options = _given(
+            sites=_parse_sites(sites),
+            method=method,
+            pooling=pooling,
+            support=_parse_support(support),
+            timesteps=_parse_timesteps(timesteps),
+            rows=rows,
+            height=height,
+            width=width,
+            batch_size=batch_size,
+            seed=seed,
+        )
+        if positions is not None:
+            options["positions"] = None if positions == "all" else int(_number(positions, "--positions"))
+        pipe = _load_pipeline(model, device, dtype)
+        options |= _sampling(model, steps, guidance_scale)
+        started = perf_counter()
+        if chosen is not None:
+            act_map = _fit_preset(pipe, chosen, subjects, count, **options)
+        else:
+            act_map = pipe.fit_act_map(*prompts, **options)
+        if chosen is None or name is not None:
+            act_map = _with_metadata(act_map, name=name or output.stem)
+        act_map.save(output)
+        console.print(summary_table(act_map))
+        say(f"\nFitted in {perf_counter() - started:.0f} s: [cyan]{output}[/]")
+        say(f'Try it: actmaps sweep --model {model} --map {output} --prompt "..."')
+
+
+@app.command(
+    epilog=examples(
+        'sweep --map pixel-art.safetensors --prompt "red apple" --prompt "blue car" -o grid.png',
+        'sweep --map ink=ink.safetensors --map gold=gold.safetensors -p "a fox" --strengths 0,1,1.5 -o fox.png',
+        'sweep -m ./model --map anime.safetensors -p "a street" --compare "{prompt}, anime" -o street.png',
+    )
+)
+def sweep(
+    map_files: Annotated[
+        list[str],
+        option("--map", metavar="[NAME=]FILE", help="A map; repeat it for several, drawn one after another."),
+    ],
+    prompt: Annotated[list[str], option("--prompt", "-p", help="What to draw; repeat it for more rows.")],
+    model: Model = DEMO,
+    output: Annotated[Path, option("--output", "-o", help="The picture.")] = Path("grid.png"),
+    strengths: Annotated[str, option(help="One column each.")] = "0,0.25,0.5,0.75,1",
+    together: Annotated[bool, option("--together", help="Apply all maps at once.", show_default=False)] = False,
+    compare: Annotated[
+        str | None, option(help="A last column for this prompt without map, such as '{prompt}, watercolor'.")
+    ] = None,
+    cell: Annotated[int, option(help="Longer side of each picture in the grid, in pixels.", min=16)] = 160,
+    negative_prompt: Annotated[str | None, option(panel=SAMPLING, help="Of every picture.")] = None,
+    steps: Steps = None,
+    guidance_scale: Guidance = None,
+    height: Height = None,
+    width: Width = None,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: DType = None,
+    debug: Debug = False,
+) -> None:
+    """Draw prompts at growing strength of a map, as one labelled grid."""
+    with readable_errors(debug):
+        from .evaluation.grid import draw_grid
+        from .evaluation.sweep import strength_labels, strength_sweep
+        from .maps import ActMap
+
+        columns = [_number(part, "every strength") for part in strengths.split(",")]
+        maps = {map_name: ActMap.load(path) for map_name, path in map(_split_name, map_files)}
+        if len(maps) < len(map_files):
+            raise ValueError("two maps have the same name; write --map NAME=FILE with different names")
+        if compare is not None and "{prompt}" not in compare:
+            raise ValueError('--compare needs {prompt} where the prompt goes, such as "{prompt}, watercolor"')
+        _check_picture(output)
+        pipe = _load_pipeline(model, device, dtype)
+        negative = None if negative_prompt is None else [negative_prompt] * len(prompt)
+        options = _given(height=height, width=width, negative_prompt=negative)
+        options |= _sampling(model, steps, guidance_scale)
+        for map_name, act_map in maps.items():
+            pipe.load_act_map(act_map, map_name)
+        rows, labels = [], []
+        groups = [list(maps)] if together else [[map_name] for map_name in maps]
+        for names in groups:
+            pipe.set_act_maps(names)
+            rows += strength_sweep(pipe, prompt, columns, seed=seed, **options)
+            labels += [text if len(groups) == 1 else f"{text}\n{names[0]}" for text in prompt]
+        column_labels = strength_labels(columns)
+        if compare is not None:
+            asked = [compare.replace("{prompt}", text) for text in prompt]
+            extra = strength_sweep(pipe, asked, [0.0], seed=seed, **options)
+            rows = [row + more for row, more in zip(rows, extra * len(groups), strict=True)]
+            column_labels.append(f"{compare.replace('{prompt}', '...')}\nin the prompt")
+        picture = draw_grid(
+            rows,
+            labels,
+            column_labels,
+            title=f"Act map “{'” + “'.join(maps)}”" if len(groups) == 1 else "Act maps",
+            heading="strength of the map",
+            apart=len(column_labels) - len(columns),
+            apart_heading="for comparison",
+            cell=cell,
+        )
+        _save_picture(picture, output)
+        say(f"Wrote [cyan]{output}[/]")
+
+
+@app.command(
+    epilog=examples("inspect map.safetensors", "inspect map.safetensors --plot map.png", "inspect user/map --all")
+)
+def inspect(
+    map_file: Annotated[
+        str, typer.Argument(metavar="MAP", help="A .safetensors file, a folder, or a hub repository.")
+    ],
+    plot: Annotated[Path | None, option(help="Also draw the map into this picture file.")] = None,
+    top: Annotated[int, option(help="How many sites and units to list.", min=1)] = 10,
+    all_sites: Annotated[bool, option("--all", help="List every site.", show_default=False)] = False,
+    debug: Debug = False,
+) -> None:
+    """Show where a map acts, how strongly, and how it was fitted."""
+    with readable_errors(debug):
+        from .evaluation.plots import plot_map
+        from .evaluation.tables import site_table, summary_table, unit_table
+        from .maps import ActMap
+
+        if plot is not None:
+            _check_picture(plot)
+        act_map = ActMap.load(map_file)
+        console.print(
+            summary_table(act_map), site_table(act_map, None if all_sites else top), unit_table(act_map, top)
+        )
+        if plot is not None:
+            _save_picture(plot_map(act_map), plot)
+            say(f"\nWrote [cyan]{plot}[/]")
+
+
+@app.command(
+    epilog=examples(
+        "blend neon.safetensors=0.5 pixel-art.safetensors=0.7 -o neon-pixels.safetensors",
+        "blend ink.safetensors=1 no-hat.safetensors=1 --name ink-without-hats -o both.safetensors",
+    )
+)
+def blend(
+    weighted: Annotated[list[str], typer.Argument(metavar="MAP=WEIGHT...", help="Maps, and how much of each.")],
+    output: Annotated[Path, option("--output", "-o", help="The blended map, a .safetensors file.")],
+    name: Annotated[str | None, option(help="Stored in the map. Default: weights and names.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Combine maps into one, each at its own weight."""
+    with readable_errors(debug):
+        from .maps import ActMap
+
+        weights: dict[ActMap, float] = {}
+        for item in weighted:
+            path, _, weight = item.rpartition("=")
+            if not path:
+                raise ValueError(f"got {item!r} without a weight; write {item}=0.5")
+            weights[ActMap.load(path)] = _number(weight, f"the weight of {path}")
+        blended = ActMap.blend(weights)
+        if name is not None:
+            blended = _with_metadata(blended, name=name)
+        blended.save(output)
+        say(f"Wrote [cyan]{output}[/]: {escape(blended.metadata.name)}")
+
+
+@app.command(epilog=examples("presets", "presets demo-neon-sign", "presets ./my-style.toml --count 20 --seed 1"))
+def presets(
+    name: Annotated[str | None, typer.Argument(help="Show this preset: its name or a .toml file.")] = None,
+    count: Annotated[int, option(help="How many of its prompts to show.", min=1)] = 8,
+    seed: Seed = 0,
+    debug: Debug = False,
+) -> None:
+    """List the prompt presets, or show what one of them writes."""
+    with readable_errors(debug):
+        from .evaluation.tables import plain_table
+        from .maps.presets import list_presets, user_folder
+
+        if name is not None:
+            _show_preset(_load_preset(name), count, seed)
+            return
+        table, problems = plain_table(None, "preset", "kind", "what it does"), []
+        for entry in list_presets():
+            try:
+                preset = _load_preset(entry)
+                table.add_row(entry, preset.kind, escape(preset.description))
+            except ValueError as error:
+                problems.append(str(error))
+        console.print(table)
+        say(f"\n[dim]'actmaps presets NAME' shows prompts. Your own presets go into {user_folder()}[/]")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+def _show_preset(preset: Preset, count: int, seed: int) -> None:
+    from .evaluation.tables import plain_table
+
+    say(f"[bold]{preset.name}[/] ({preset.kind})  {escape(preset.description)}")
+    for architecture, advice in preset.recommended.items():
+        sites = "all normalisation layers" if advice.sites is None else advice.sites
+        say(f"[dim]{architecture}:[/] strength {advice.strength:g}, support {advice.support}, sites {sites}")
+    count = min(count, len(preset.subjects))
+    table = plain_table(f"{count} of its {len(preset.subjects)} prompts", "source", "target")
+    for source, target in zip(*preset.prompts(seed=seed, count=count), strict=True):
+        table.add_row(escape(source), escape(target))
+    console.print(table)
+
+
+# What the commands share ---------------------------------------------------------------------------------------------
+
+
+def _load_preset(name: str) -> Preset:
+    from .maps.presets import load_preset
+
+    return load_preset(name)
+
+
+def _load_pipeline(model: str, device: str | None, dtype: str | None = None) -> StableDiffusionACTPipeline:
+    """The bundled demo model, or any diffusers model whose pipeline class has an ACT variant."""
+    import diffusers
+    import torch
+    import transformers
+
+    from . import pipelines
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    precision = getattr(torch, dtype or ("float16" if place.startswith("cuda") else "float32"), None)
+    if precision not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"--dtype must be float32, float16 or bfloat16, got {dtype!r}")
+    if model == DEMO:
+        from .demo import load_pipeline
+
+        for library in (diffusers, transformers):
+            library.utils.logging.disable_progress_bar()
+        pipe = load_pipeline(place)
+    else:
+        kind = str(diffusers.DiffusionPipeline.load_config(model).get("_class_name"))
+        act_class = getattr(
+            pipelines, kind.replace("ACTPipeline", "Pipeline").replace("Pipeline", "ACTPipeline"), None
+        )
+        if act_class is None:
+            known = [n.replace("ACTPipeline", "Pipeline") for n in pipelines.__all__ if n.endswith("ACTPipeline")]
+            raise ValueError(
+                f"{model} is a {kind}, for which there are no act maps yet; there are for {', '.join(known)}"
+            )
+        pipe = act_class.from_pretrained(model, torch_dtype=precision).to(place)
+    pipe.set_progress_bar_config(leave=False)
+    return pipe
+
+
+def _fit_preset(
+    pipe: StableDiffusionACTPipeline,
+    preset: Preset,
+    subjects: str | None = None,
+    count: int | None = None,
+    **options: Any,
+) -> ActMap:
+    """Fit on the prompts of a preset; its advice holds where `options` say nothing."""
+    from .maps.presets import load_subjects
+
+    architecture = type(pipe).__name__.replace("ACTPipeline", "")
+    advice = preset.recommendation(architecture)
+    prompts = preset.prompts(load_subjects(subjects) if subjects else None, options.get("seed", 0), count)
+    act_map = pipe.fit_act_map(*prompts, **{"sites": advice.sites, "support": advice.support, **options})
+    return _with_metadata(
+        act_map,
+        name=preset.name,
+        description=preset.description,
+        licence=preset.licence,
+        presets=(preset.name,),
+        recommended_strength=advice.strength,
+    )
+
+
+def _with_metadata(act_map: ActMap, **changes: Any) -> ActMap:
+    from .maps import ActMap
+
+    return ActMap(act_map, replace(act_map.metadata, **changes))
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that have a value, so that the others keep the defaults of what they are passed to."""
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def _sampling(model: str, steps: int | None, guidance_scale: float | None) -> dict[str, Any]:
+    given = _given(num_inference_steps=steps, guidance_scale=guidance_scale)
+    return DEMO_SAMPLING | given if model == DEMO else given
+
+
+def _read_prompts(path: Path) -> list[str]:
+    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"{path} has no prompt; write one per line")
+    return prompts
+
+
+def _split_name(text: str) -> tuple[str, str]:
+    """Name and file of "NAME=FILE"; a file alone is named after itself."""
+    name, equals, path = text.partition("=")
+    return (name, path) if equals else (Path(text).stem, text)
+
+
+def _number(text: str, what: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{what} must be a number, got {text!r}") from None
+
+
+def _parse_sites(patterns: list[str] | None) -> str | list[str] | None:
+    """One pattern with the signs of a regular expression is one; everything else is names and ends of names."""
+    if patterns and len(patterns) == 1 and re.search(r"[\\*+?|()\[\]^$]", patterns[0]):
+        return patterns[0]
+    return patterns or None
+
+
+def _parse_support(text: str | None) -> str | tuple[float, ...] | None:
+    if text is None or "," not in text:
+        return text
+    return tuple(_number(part, "every quantile of --support") for part in text.split(","))
+
+
+def _parse_timesteps(text: str | None) -> int | tuple[float, ...] | None:
+    """A count, or fractions; "0" is the fraction."""
+    if text is None:
+        return None
+    if text.isdigit() and text != "0":
+        return int(text)
+    return tuple(_number(part, "every timestep") for part in text.split(","))
+
+
+def _check_picture(path: Path) -> None:
+    from PIL import Image
+
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"{path.name!r} has no ending of a picture file; use .png")
+
+
+def _save_picture(picture: Image.Image, path: Path) -> None:
+    _check_picture(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app(prog_name="actmaps")
