@@ -108,12 +108,12 @@ class AffineMap:
         Raises:
             ValueError: if `x` has another number of units along `channel_dim`.
         """
-        if strength == 0:
-            return x
         if x.shape[channel_dim] != self.channels:
             raise ValueError(
                 f"the map has {self.channels} units, x has {x.shape[channel_dim]} along dim {channel_dim}"
             )
+        if strength == 0:
+            return x
         at = self.at(strength).to(x.device)
         return transport(x, at.scale, at.shift, at.lower, at.upper, channel_dim=channel_dim)
 
