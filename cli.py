@@ -6,6 +6,7 @@ Everything heavy (torch, diffusers) is imported inside the commands, so that hel
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -442,6 +443,7 @@ def _load_pipeline(model: str, device: str | None, dtype: str | None = None) -> 
 
     from . import pipelines
 
+    warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -66,7 +66,7 @@ def draw_grid(
     Args:
         images: rows of equally many pictures; all are drawn at the size of the first, scaled to `cell`.
         row_labels: one per row, wrapped as needed.
-        column_labels: one per column; a second line after a line break is drawn faint.
+        column_labels: one per column. In both, what follows a line break is drawn faint.
         title, subtitle: above the grid.
         heading: above the first columns, with a wedge that grows to the right: what the column labels count.
         apart: how many last columns are set apart, under `apart_heading`.
@@ -148,24 +148,25 @@ def _draw_wedge(draw: ImageDraw.ImageDraw, heading: str, left: int, right: int, 
 
 
 def _draw_row_label(draw: ImageDraw.ImageDraw, label: str, box: tuple[int, int, int, int], width: int) -> None:
-    """Right-aligned beside the row, centred on its height."""
-    font = _font(TEXT)
-    lines = _wrapped(label, font, width)
+    """Right-aligned beside the row, centred on its height; what follows a line break is faint."""
+    first, *others = label.split("\n")
+    lines = [(line, INK) for line in _wrapped(first, width)]
+    lines += [(line, FAINT) for other in others for line in _wrapped(other, width)]
     middle = (box[1] + box[3]) / 2 - (len(lines) - 1) * (TEXT + 4) / 2
-    for index, line in enumerate(lines):
-        draw.text((box[0] - 14, middle + index * (TEXT + 4)), line, INK, font, anchor="rm")
+    for index, (line, colour) in enumerate(lines):
+        draw.text((box[0] - 14, middle + index * (TEXT + 4)), line, colour, _font(TEXT), anchor="rm")
 
 
 def _label_width(labels: Sequence[str], size: tuple[int, int]) -> int:
-    """Room for the row labels: as wide as they need, at most a cell and a half, at least their longest word."""
+    """Room for the row labels: as wide as they need, at most 1.2 cells, at least their longest word."""
     font = _font(TEXT)
-    widest = max((font.getlength(label) for label in labels), default=0)
+    widest = max((font.getlength(line) for label in labels for line in label.split("\n")), default=0)
     word = max((font.getlength(word) for label in labels for word in label.split()), default=0)
     return round(max(min(widest, size[0] * 1.2), word)) + (1 if widest else 0)
 
 
-def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    lines = [""]
+def _wrapped(text: str, width: int) -> list[str]:
+    font, lines = _font(TEXT), [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
         if lines[-1] and font.getlength(longer) > width:

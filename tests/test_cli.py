@@ -1,0 +1,386 @@
+"""The command line, on a tiny real pipeline where a model is needed."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from typer.testing import CliRunner
+
+import tiny_models
+from actmaps import __version__, cli
+from actmaps.maps import ActMap, ActMapMetadata, AffineMap
+from actmaps.pipelines import StableDiffusionACTPipeline
+
+NORM_OUT = "unet.conv_norm_out"
+COMMANDS = ("demo", "fit", "sweep", "inspect", "blend", "presets")
+
+
+def run(*arguments, code=0):
+    """What a command prints, on both channels."""
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(cli.app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    StableDiffusionPipeline(**tiny_models.components()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    source, target = tmp_path / "source.txt", tmp_path / "target.txt"
+    source.write_text("a cat\na dog\n\na tree\n")
+    target.write_text("a cat, ink\na dog, ink\na tree, ink\n")
+    return "--source", source, "--target", target
+
+
+def save_map(path, shift=1.0, **metadata):
+    by = torch.zeros(16)
+    by[0] = shift
+    act_map = ActMap(
+        {NORM_OUT: AffineMap(torch.ones(16), by)}, ActMapMetadata(name=path.stem, rows="both", **metadata)
+    )
+    act_map.save(path)
+    return path
+
+
+# Help and errors -----------------------------------------------------------------------------------------------------
+
+
+def test_help_appears_without_loading_anything_heavy():
+    code = "import sys, actmaps.cli; assert not {'torch', 'diffusers', 'matplotlib', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_examples(command):
+    text = run(command, "--help")
+    assert f"$ actmaps {command}" in text
+    assert "--debug" in text
+
+
+def test_version():
+    assert run("--version").strip() == f"actmaps {__version__}"
+
+
+def test_the_package_runs_as_a_module():
+    result = subprocess.run([sys.executable, "-m", "actmaps", "--version"], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == f"actmaps {__version__}"
+
+
+def test_an_error_is_one_line_that_says_what_to_do():
+    lines = run("presets", "demo-neon", code=1).strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: there is no preset 'demo-neon' (closest: demo-neon-sign")
+
+
+def test_debug_lets_the_error_through():
+    result = CliRunner().invoke(cli.app, ["presets", "demo-neon", "--debug"])
+    assert isinstance(result.exception, ValueError)
+
+
+def test_unexpected_errors_are_marked_as_such(monkeypatch):
+    def broken(_name):
+        raise RuntimeError("a [red] surprise\nin two lines")
+
+    monkeypatch.setattr(cli, "_load_preset", broken)
+    text = run("presets", "demo-neon-sign", code=1)
+    assert text.strip() == (
+        "error: unexpected RuntimeError: a [red] surprise in two lines (--debug shows where it comes from)"
+    )
+
+
+# presets -------------------------------------------------------------------------------------------------------------
+
+
+def test_presets_are_listed_with_the_users_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACTMAPS_PRESETS", str(tmp_path))
+    text = run("presets")
+    assert "demo-neon-sign" in text
+    assert str(tmp_path) in text
+
+
+def test_a_broken_preset_is_reported_after_the_others(tmp_path, monkeypatch):
+    (tmp_path / "mine.toml").write_text("name = 3")
+    monkeypatch.setenv("ACTMAPS_PRESETS", str(tmp_path))
+    text = run("presets", code=1)
+    assert "demo-neon-sign" in text
+    assert "mine.toml: name is 3; it must be a text" in text
+
+
+def test_a_preset_shows_its_prompts():
+    text = run("presets", "demo-no-hat", "--count", 3)
+    assert text.count("with a hat") == 3
+    assert "3 of its" in text
+
+
+# fit -----------------------------------------------------------------------------------------------------------------
+
+
+def test_fit_on_prompt_files_writes_a_map(model, prompts, tmp_path):
+    output = tmp_path / "ink.safetensors"
+    text = run(
+        *("fit", "--model", model, *prompts, "--output", output, "--sites", NORM_OUT, "--timesteps", "0,0.5"),
+        *(
+            "--steps",
+            4,
+            "--method",
+            "mean",
+            "--positions",
+            "all",
+            "--support",
+            "0.1,0.9",
+            "--rows",
+            "both",
+            "--seed",
+            5,
+        ),
+    )
+    act_map = ActMap.load(output)
+    data = act_map.metadata
+    assert list(act_map) == [NORM_OUT]
+    assert (data.name, data.method, data.positions, data.support) == ("ink", "mean", None, (0.1, 0.9))
+    assert (data.timesteps, data.rows, data.seed, data.n_source, data.n_target) == ((0.0, 0.5), "both", 5, 3, 3)
+    assert str(output) in text
+
+
+def test_fit_gives_what_the_pipeline_gives(model, prompts, tmp_path):
+    output = tmp_path / "ink.safetensors"
+    run(
+        "fit",
+        "--model",
+        model,
+        *prompts,
+        "-o",
+        output,
+        "--sites",
+        "unet",
+        "--steps",
+        3,
+        "--timesteps",
+        1,
+        "--batch-size",
+        2,
+    )
+    pipe = StableDiffusionACTPipeline.from_pretrained(model)
+    source, target = (path.read_text().split("\n") for path in prompts[1::2])
+    expected = pipe.fit_act_map(
+        *([text for text in side if text] for side in (source, target)),
+        sites=["unet"],
+        num_inference_steps=3,
+        timesteps=1,
+        batch_size=2,
+    )
+    fitted = ActMap.load(output)
+    assert list(fitted) == list(expected)
+    assert all(torch.equal(fitted[site].scale, expected[site].scale) for site in expected)
+
+
+def test_fit_on_a_preset_takes_over_its_advice(model, tmp_path):
+    (tmp_path / "mine.toml").write_text(
+        'name = "mine"\nkind = "style"\ndescription = "D"\nlicence = "CC0-1.0"\nsubjects = ["cat", "dog", "cow"]\n'
+        '[source]\ntemplates = ["{subject}"]\n[target]\ntemplates = ["{subject}, ink"]\n'
+        f'[recommended.StableDiffusion]\nsites = ["{NORM_OUT}"]\nstrength = 0.7\nsupport = "observed"\n'
+    )
+    output = tmp_path / "map.safetensors"
+    run(
+        "fit",
+        "-m",
+        model,
+        "--preset",
+        tmp_path / "mine.toml",
+        "--count",
+        2,
+        "--timesteps",
+        1,
+        "--steps",
+        2,
+        "-o",
+        output,
+    )
+    act_map = ActMap.load(output)
+    data = act_map.metadata
+    assert list(act_map) == [NORM_OUT]
+    assert act_map[NORM_OUT].lower is not None
+    assert (data.name, data.presets, data.recommended_strength, data.licence) == ("mine", ("mine",), 0.7, "CC0-1.0")
+    assert data.n_source == data.n_target == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("-o", "map.pt", "--preset", "demo-no-hat"), "--output must end in .safetensors, got 'map.pt'"),
+        (("-o", "m.safetensors"), "either by --preset or by both --source and --target"),
+        (("-o", "m.safetensors", "--source", "x.txt"), "either by --preset or by both"),
+        (("-o", "m.safetensors", "--preset", "p", "--source", "x", "--target", "y"), "either by --preset or by both"),
+        (("-o", "m.safetensors", "--source", "x.txt", "--target", "y.txt"), "No such file or directory: 'x.txt'"),
+        (("-o", "m.safetensors", "--source", "x", "--target", "y", "--count", 2), "--count go with --preset"),
+        (("-o", "m.safetensors", "--preset", "demo-no-hat", "--timesteps", "some"), "every timestep must be a number"),
+        (("-o", "m.safetensors", "--preset", "demo-no-hat", "--dtype", "int8"), "--dtype must be float32"),
+        (("-o", "m.safetensors", "--preset", "demo-no-hat", "-m", "./nowhere"), "nowhere"),
+    ],
+)
+def test_fit_refuses(arguments, problem):
+    assert problem in run("fit", *arguments, code=1)
+
+
+def test_other_pipelines_are_refused_by_name(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "KandinskyPipeline", "_diffusers_version": "0.36.0"}')
+    text = run("fit", "-m", tmp_path, "--preset", "demo-no-hat", "-o", "m.safetensors", code=1)
+    assert "is a KandinskyPipeline, for which there are no act maps yet" in text
+    assert "StableDiffusionPipeline" in text
+
+
+@pytest.mark.parametrize(
+    ("given", "parsed"),
+    [
+        (None, None),
+        ([], None),
+        (["unet"], ["unet"]),
+        (["norm1", "norm2"], ["norm1", "norm2"]),
+        ([r"unet\..*norm1"], r"unet\..*norm1"),
+    ],
+)
+def test_one_site_pattern_may_be_a_regular_expression(given, parsed):
+    assert cli._parse_sites(given) == parsed
+
+
+@pytest.mark.parametrize(("given", "parsed"), [("3", 3), ("0", (0.0,)), ("0,0.5", (0.0, 0.5)), ("0.5", (0.5,))])
+def test_timesteps_are_a_count_or_fractions(given, parsed):
+    assert cli._parse_timesteps(given) == parsed
+
+
+# sweep ---------------------------------------------------------------------------------------------------------------
+
+
+def cells(picture, rows, columns, size):
+    """The pictures in a grid, cut out by the frames around them."""
+    frame = np.asarray(picture.convert("RGB"), int)
+    line = (frame == [211, 215, 222]).all(-1)
+    corners = [
+        (x + 1, y + 1)
+        for y, x in zip(*np.nonzero(line), strict=True)
+        if line[y, x : x + size + 2].all() and line[y : y + size + 2, x].all()
+    ]
+    assert len(corners) == rows * columns
+    return [
+        [frame[y : y + size, x : x + size] for x, y in corners[r * columns : (r + 1) * columns]] for r in range(rows)
+    ]
+
+
+def test_sweep_draws_every_prompt_at_every_strength(model, tmp_path):
+    act_map, output = save_map(tmp_path / "ink.safetensors"), tmp_path / "grids" / "grid.png"
+    run(
+        *("sweep", "-m", model, "--map", act_map, "-p", "a cat", "-p", "a dog", "--strengths", "0,3", "--steps", 2),
+        *("--cell", 16, "--seed", 4, "-o", output),
+    )
+    grid = cells(Image.open(output), rows=2, columns=2, size=16)
+    pipe = StableDiffusionACTPipeline.from_pretrained(model)
+    for row, (prompt, seed) in enumerate((("a cat", 4), ("a dog", 5))):
+        plain = pipe(prompt, num_inference_steps=2, generator=torch.Generator().manual_seed(seed)).images[0]
+        assert np.abs(grid[row][0] - np.asarray(plain, int)).max() <= 1
+        assert np.abs(grid[row][1] - np.asarray(plain, int)).max() > 1
+
+
+def test_sweep_compares_with_another_prompt_and_several_maps(model, tmp_path):
+    one, two = save_map(tmp_path / "one.safetensors", 2.0), save_map(tmp_path / "two.safetensors", -2.0)
+    output = tmp_path / "grid.png"
+    arguments = (
+        "sweep",
+        "-m",
+        model,
+        "--map",
+        one,
+        "--map",
+        f"zwei={two}",
+        "-p",
+        "a cat",
+        "--strengths",
+        "0,1",
+        "--steps",
+        2,
+    )
+    run(*arguments, "--compare", "{prompt}, ink", "--cell", 16, "-o", output)
+    (plain, with_one, asked), (plain_too, with_two, asked_too) = cells(Image.open(output), rows=2, columns=3, size=16)
+    assert np.array_equal(plain, plain_too)
+    assert np.array_equal(asked, asked_too)
+    assert not np.array_equal(with_one, with_two)
+    assert not np.array_equal(plain, asked)
+    # Together the opposite shifts cancel.
+    run(*arguments, "--together", "--cell", 16, "-o", output)
+    ((plain, both),) = cells(Image.open(output), rows=1, columns=2, size=16)
+    assert np.abs(plain - both).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("--map", "none.safetensors"), "there is no act map file none.safetensors"),
+        (("--map", "MAP", "--strengths", "0,high"), "every strength must be a number, got 'high'"),
+        (("--map", "MAP", "--map", "MAP"), "two maps have the same name"),
+        (("--map", "MAP", "--compare", "ink"), "--compare needs {prompt}"),
+        (("--map", "MAP", "-o", "grid.doc"), "'grid.doc' has no ending of a picture file"),
+    ],
+)
+def test_sweep_refuses(arguments, problem, tmp_path):
+    act_map = str(save_map(tmp_path / "ink.safetensors"))
+    arguments = [act_map if argument == "MAP" else argument for argument in arguments]
+    assert problem in run("sweep", "-p", "a cat", *arguments, code=1)
+
+
+# inspect and blend ---------------------------------------------------------------------------------------------------
+
+
+def test_inspect_shows_metadata_costs_and_units(tmp_path):
+    act_map = save_map(tmp_path / "ink.safetensors", -2.5, costs={NORM_OUT: (4.0, 1.0)}, description="Wet ink.")
+    text, plot = run("inspect", act_map, "--plot", tmp_path / "map.png"), Image.open(tmp_path / "map.png")
+    assert re.search(rf"{re.escape(NORM_OUT)}\s+16\s+4\s+1\s+25%", text)
+    assert re.search(rf"{re.escape(NORM_OUT)}\s+0\s+1.000\s+-2.500", text)
+    assert "Wet ink." in text
+    assert plot.size == (1200, 860)
+
+
+def test_inspect_refuses_what_is_no_map(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(b"no map")
+    assert "damaged" in run("inspect", tmp_path / "x.safetensors", code=1)
+
+
+def test_blend_weighs_the_maps(tmp_path):
+    one, two = save_map(tmp_path / "one.safetensors", 2.0), save_map(tmp_path / "two.safetensors", 10.0)
+    output = tmp_path / "both.safetensors"
+    run("blend", f"{one}=0.5", f"{two}=0.25", "-o", output, "--name", "both")
+    blended = ActMap.load(output)
+    assert blended[NORM_OUT].shift[0] == 0.5 * 2.0 + 0.25 * 10.0
+    assert blended.metadata.name == "both"
+
+
+@pytest.mark.parametrize(
+    ("item", "problem"),
+    [("one.safetensors", "without a weight; write one.safetensors=0.5"), ("MAP=much", "must be a number")],
+)
+def test_blend_refuses(item, problem, tmp_path):
+    item = item.replace("MAP", str(save_map(tmp_path / "one.safetensors")))
+    assert problem in run("blend", item, "-o", tmp_path / "out.safetensors", code=1)
+
+
+# demo ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_demo_writes_maps_and_pictures(tmp_path):
+    text = run("demo", "--output", tmp_path, "--count", 12, "--subject", "lion")
+    for name, columns in (("demo-neon-sign", 6), ("demo-no-hat", 7)):
+        act_map = ActMap.load(tmp_path / f"{name}.safetensors")
+        assert act_map.metadata.presets == (name,)
+        assert str(tmp_path / f"{name}.png") in text
+        drawn = cells(Image.open(tmp_path / f"{name}.png"), rows=1, columns=columns, size=160)
+        assert np.abs(drawn[0][0] - drawn[0][4]).mean() > 5
+    assert "actmaps sweep --map" in text
