@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
 from actmaps.demo import dataset
 from actmaps.maps import presets
 from actmaps.maps.presets import PromptTemplates, Recommendation, load_preset, load_subjects
