@@ -37,6 +37,6 @@ def load_pipeline(device: str = "cpu") -> StableDiffusionACTPipeline:
 
 def load_judges() -> Judges:
     """The style and content judges, trained on rendered images only."""
-    from .judges import load_judges as load
+    from .judges import Judges
 
-    return load()
+    return Judges.load()
