@@ -31,8 +31,7 @@ def load_pipeline(device: str = "cpu") -> StableDiffusionACTPipeline:
     from ..pipelines import StableDiffusionACTPipeline
     from .model import WEIGHTS
 
-    pipeline = StableDiffusionACTPipeline.from_pretrained(WEIGHTS, torch_dtype=torch.float32)
-    return pipeline.to(device)
+    return StableDiffusionACTPipeline.from_pretrained(WEIGHTS).to(device, torch.float32)
 
 
 def load_judges() -> Judges:

@@ -47,6 +47,7 @@ GROUPS = {0: "smileys", 1: "people", 3: "animals", 4: "food", 5: "places", 6: "a
 LEFT_OUT_SUBGROUPS = frozenset(
     ("time-clock", "av-symbol", "gender", "math", "punctuation", "currency", "other-symbol", "keycap", "alphanum")
 )
+LEFT_OUT_LABELS = frozenset(("middle finger",))
 FACE_SUBGROUPS = ("face-", "cat-face", "monkey-face")
 ACCESSORIES = ("hat", "sunglasses", "crown")
 HELD_OUT_SHARE = 0.1
@@ -178,7 +179,7 @@ def build_concepts(packages: Path) -> list[Concept]:
         if {f"{code}-200d-2640", f"{code}-200d-2642"} <= codes or entry["label"].startswith("person: "):
             continue
         label = natural_label(entry["label"])
-        if label in seen:
+        if label in seen or label in LEFT_OUT_LABELS:
             continue
         seen.add(label)
         group = GROUPS[entry["group"]]

@@ -41,7 +41,7 @@ UNET_CONFIG: dict[str, Any] = {
     "out_channels": 8,
     "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    "block_out_channels": (96, 192),
+    "block_out_channels": (64, 192),
     "layers_per_block": 1,
     "attention_head_dim": 8,  # the number of heads, as in Stable Diffusion 1.5's configuration
     "cross_attention_dim": 128,
@@ -63,6 +63,7 @@ SCHEDULER_CONFIG: dict[str, Any] = {
     "timestep_spacing": "trailing",
     "clip_sample": False,
     "set_alpha_to_one": True,
+    "steps_offset": 1,  # what StableDiffusionPipeline insists on; trailing spacing does not use it
 }
 
 

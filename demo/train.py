@@ -305,7 +305,7 @@ def denoiser_run(
     *,
     denoiser: parts.Denoiser,
     seed: int = 0,
-    batch: int = 64,
+    batch: int = 48,
     peak: float = 1e-3,
     device: str = "cpu",
 ) -> Run:
@@ -315,7 +315,7 @@ def denoiser_run(
         latents: (len(records), C, h, w) in the records' order.
         denoiser: trained in place.
     """
-    denoiser = denoiser.to(device)
+    denoiser = denoiser.to(device, memory_format=torch.channels_last)
     alphas = parts.build_scheduler().alphas_cumprod
     signal_rate, noise_rate = alphas.sqrt()[:, None, None, None], (1 - alphas).sqrt()[:, None, None, None]
 
