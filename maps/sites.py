@@ -53,7 +53,7 @@ def as_components(model: nn.Module | Components) -> dict[str, nn.Module]:
         TypeError: if a component is not a module.
     """
     if isinstance(model, nn.Module):
-        kind = type(model).__name__
+        kind = type(_unwrapped(model)).__name__
         return {next((name for pattern, name in _COMPONENT_OF_CLASS if pattern.fullmatch(kind)), "model"): model}
     components = dict(model)
     if not components:
@@ -66,13 +66,14 @@ def as_components(model: nn.Module | Components) -> dict[str, nn.Module]:
 
 def site_modules(components: Components) -> dict[str, nn.Module]:
     """Every module by canonical site name (without stream), in registration order; LoRA's inner layers are left out."""
-    modules = {}
+    modules: dict[str, nn.Module] = {}
     for component, root in components.items():
         for path, module in root.named_modules():
-            if not path or any(part == "base_layer" or part.startswith("lora_") for part in path.split(".")):
-                continue
-            path = path.replace("_orig_mod.", "").removeprefix("text_model.")
-            modules[f"{component}.{path}"] = module
+            path = path.removeprefix("_orig_mod.").removeprefix("text_model.")
+            parts = [part for part in path.split(".") if part not in ("", "_orig_mod")]
+            if parts and not any(part == "base_layer" or part.startswith("lora_") for part in parts):
+                # Of a compiled submodule the wrapper comes first, whose hooks always run.
+                modules.setdefault(".".join([component, *parts]), module)
     return modules
 
 
@@ -104,13 +105,16 @@ def unit_count(module: nn.Module) -> int | None:
 
 def is_norm(module: nn.Module) -> bool:
     """Whether `module` is a plain normalisation layer (one input, one output)."""
-    return _NORM.fullmatch(type(module).__name__) is not None
+    return _NORM.fullmatch(type(_unwrapped(module)).__name__) is not None
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    """The layer inside a LoRA wrapper, whose output has the same layout."""
-    inner = getattr(module, "base_layer", None)
-    return inner if isinstance(inner, nn.Module) else module
+    """The layer inside a LoRA wrapper or a compiled module, whose output has the same layout."""
+    for attribute in ("_orig_mod", "base_layer"):
+        inner = getattr(module, attribute, None)
+        if isinstance(inner, nn.Module):
+            return _unwrapped(inner)
+    return module
 
 
 def closest(name: str, names: Sequence[str], n: int = 3) -> str:
@@ -274,7 +278,8 @@ def resolve(components: Components, sites: Sequence[str], owner: str) -> dict[st
 
 def read_output(module: nn.Module, output: Any, site: str) -> Tensor:
     """The activations of `site` in the `output` of its module: a tensor, one stream, or the first entry of a tuple."""
-    value = output if isinstance(output, Tensor) else output[_index(module, site)]
+    several = isinstance(output, (tuple, list)) or hasattr(output, "to_tuple")
+    value = output[_index(module, site)] if several else output
     if not isinstance(value, Tensor):
         raise ValueError(f"{site} puts out {type(value).__name__}, not a tensor; choose another site")
     return value

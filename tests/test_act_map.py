@@ -55,7 +55,7 @@ def test_it_does_not_follow_the_dict_that_it_came_from():
 
 def test_it_is_compared_and_hashed_by_identity():
     one, other = (ActMap({"unet.a": AffineMap.identity(1)}) for _ in range(2))
-    assert one == one  # noqa: PLR0124
+    assert one == one
     assert one != other
     assert {one: 1, other: 2}[one] == 1
 
