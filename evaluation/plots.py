@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from io import BytesIO
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -19,6 +20,16 @@ from ..maps import ActMap
 INK, FAINT, GRID = "#16181d", "#6b7280", "#e5e7eb"
 BEFORE = "#c9ced6"
 COLOURS = ("#2f6fde", "#e4572e", "#1f9d8a", "#8a5cd6", "#c58a00")  # one per component
+
+_BLOCK_NAMES = {
+    "down_blocks": "down",
+    "mid_block": "middle",
+    "up_blocks": "up",
+    "transformer_blocks": "block",
+    "single_transformer_blocks": "single",
+    "layers": "layer",
+}
+_BLOCK = re.compile(rf"(?:model\.)?({'|'.join(_BLOCK_NAMES)})\b(?:\.(\d+))?")
 
 
 def largest_units(act_map: ActMap, count: int) -> list[tuple[str, int]]:
@@ -97,7 +108,7 @@ def _plot_costs(ax: Axes, act_map: ActMap) -> None:
         label = f"after, {component.replace('_', ' ')}"
         ax.scatter([], [], size, color=_component_colour(act_map, component), label=label)
     ax.set(yscale="log", ylabel="mean squared distance")
-    _style_sites(ax, act_map)
+    _style_sites(ax, act_map, characters=180)
     ax.legend(
         frameon=False, fontsize=9, labelcolor=INK, loc="lower right", bbox_to_anchor=(1, 1), ncols=4, handletextpad=0.2
     )
@@ -117,7 +128,7 @@ def _plot_moves(ax: Axes, act_map: ActMap) -> None:
         ax.step(edges, steps[:, 2], where="post", color=colour, linewidth=1.6)
     ax.set_ylabel("displacement")
     ax.set_ylim(bottom=0)
-    _style_sites(ax, act_map)
+    _style_sites(ax, act_map, characters=100)
 
 
 def _plot_units(ax: Axes, act_map: ActMap) -> None:
@@ -165,30 +176,33 @@ def _runs(act_map: ActMap) -> list[tuple[str, np.ndarray]]:
 def _group(site: str) -> str:
     """The part of the model that a site belongs to, in few words: "unet.down_blocks.1.attentions.0.norm" -> "down 1"."""
     component, _, path = site.partition(".")
-    block = re.match(r"(down_blocks|up_blocks|mid_block|transformer_blocks|single_transformer_blocks)\.?(\d+)?", path)
-    if block is None:
+    block = _BLOCK.match(path)
+    if block is None or component.startswith("text_encoder"):
         return "out" if path.startswith(("conv_norm_out", "norm_out")) else component.replace("_", " ")
-    kind = {"down_blocks": "down", "up_blocks": "up", "mid_block": "middle"}.get(block[1], "block")
-    return kind if kind == "middle" else f"{kind} {block[2]}"
+    kind = _BLOCK_NAMES[block[1]]
+    return f"{kind} {block[2]}" if block[2] else kind
 
 
-def _style_sites(ax: Axes, act_map: ActMap) -> None:
+def _style_sites(ax: Axes, act_map: ActMap, characters: int) -> None:
     """An axis that counts sites, with the parts of the model named below it."""
     ax.set_xlim(-0.7, len(act_map) - 0.3)
     ax.yaxis.label.set(color=FAINT, size=9)
     ax.grid(axis="y", color=GRID, linewidth=0.8)
     ax.set_axisbelow(True)
-    _name_groups(ax, act_map)
+    _name_groups(ax, act_map, characters)
 
 
-def _name_groups(ax: Axes, act_map: ActMap) -> None:
-    """Below the axis, the parts of the model; a thin line where one ends."""
-    groups: list[tuple[str, int, int]] = []
-    for index, site in enumerate(act_map):
-        if groups and groups[-1][0] == _group(site):
-            groups[-1] = (groups[-1][0], groups[-1][1], index)
-        else:
-            groups.append((_group(site), index, index))
-    ax.set_xticks([(first + last) / 2 for _, first, last in groups], [name for name, _, _ in groups])
-    for _, first, _ in groups[1:]:
-        ax.axvline(first - 0.5, color=GRID, linewidth=1, zorder=0)
+def _name_groups(ax: Axes, act_map: ActMap, characters: int) -> None:
+    """Below the axis, which has room for so many `characters`, the parts of the model; a thin line where one ends."""
+    groups = [
+        (name, [index for index, _ in sites]) for name, sites in groupby(enumerate(act_map), lambda s: _group(s[1]))
+    ]
+    for _, indices in groups[1:]:
+        ax.axvline(indices[0] - 0.5, color=GRID, linewidth=1, zorder=0)
+    # The largest parts get their names first; those whose name would run into another stay without.
+    named: list[tuple[float, float, str]] = []
+    for name, indices in sorted(groups, key=lambda group: -len(group[1])):
+        middle, half = (indices[0] + indices[-1]) / 2, (len(name) + 2) / 2 * len(act_map) / characters
+        if all(abs(middle - other) >= half + other_half for other, other_half, _ in named):
+            named.append((middle, half, name))
+    ax.set_xticks([middle for middle, _, _ in named], [name for _, _, name in named])

@@ -69,20 +69,19 @@ def preset_sweep(
         strengths, seed, call_options: as for `strength_sweep`.
     """
     prompts, _ = preset.prompts(subjects, seed)
+    side = preset.source if preset.kind == "negation" else preset.target
+    word = side.tags[0] if side.tags else preset.name
     if preset.kind == "negation":
-        wearing = preset.source.templates[0].replace("{subject}", "").strip()
-        word = wearing.split()[-1]
         title, subtitle = (
             f"Taking away “{word}” with an act map",
-            f"Every prompt but those of the first comparison says “{wearing}”.",
+            f"The prompts ask for “{word}”, those of the last column do not.",
         )
         compared = {
-            "without it\nin the prompt": (list(subjects), {}),
             f"“{word}” as\nnegative prompt": (prompts, {"negative_prompt": [word] * len(prompts)}),
+            "without it\nin the prompt": (list(subjects), {}),
         }
     else:
-        word = preset.target.tags[0] if preset.target.tags else preset.name
-        title, subtitle = f"“{word}” with an act map", "No prompt but those of the last column names it."
+        title, subtitle = f"Bringing in “{word}” with an act map", "No prompt names it but those of the last column."
         compared = {f"“{word}”\nin the prompt": ([f"{prompt}, {word}" for prompt in prompts], {})}
     name = pipe.load_act_map(act_map, f"sweep of {preset.name}")
     try:

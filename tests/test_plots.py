@@ -75,7 +75,9 @@ def test_a_map_of_the_identity_can_be_plotted():
         ("unet.mid_block.resnets.0.norm1", "middle"),
         ("unet.up_blocks.0.resnets.0.norm1", "up 0"),
         ("unet.conv_norm_out", "out"),
-        ("transformer.single_transformer_blocks.12:image", "block 12"),
+        ("transformer.transformer_blocks.3.norm1", "block 3"),
+        ("transformer.single_transformer_blocks.12:image", "single 12"),
+        ("model.model.layers.7.input_layernorm", "layer 7"),
         ("text_encoder_2.final_layer_norm", "text encoder 2"),
     ],
 )
