@@ -86,6 +86,6 @@ def test_a_negation_is_compared_with_a_negative_prompt_and_with_leaving_it_out(p
 
 def test_the_pipeline_is_left_without_the_map(pipe, act_map, drawn):
     preset = Preset("ink", "style", PLAIN, PromptTemplates(("{subject}, ink",)))
-    with pytest.raises(ValueError, match="divisible by 8"):
-        preset_sweep(pipe, preset, act_map, ["cat"], height=3)
+    with pytest.raises(TypeError, match="must be a number"):
+        preset_sweep(pipe, preset, act_map, ["cat"], strengths=["high"], **STEPS)
     assert pipe.get_list_act_maps() == {}
