@@ -441,34 +441,40 @@ def _load_pipeline(model: str, device: str | None, dtype: str | None = None) -> 
     import torch
     import transformers
 
-    from . import pipelines
-
-    warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     precision = getattr(torch, dtype or ("float16" if place.startswith("cuda") else "float32"), None)
     if precision not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"--dtype must be float32, float16 or bfloat16, got {dtype!r}")
-    if model == DEMO:
-        from .demo import load_pipeline
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the libraries' own affairs
+        if model == DEMO:
+            from .demo import load_pipeline
 
-        for library in (diffusers, transformers):
-            library.utils.logging.disable_progress_bar()
-        pipe = load_pipeline(place)
-    else:
-        kind = str(diffusers.DiffusionPipeline.load_config(model).get("_class_name"))
-        act_class = getattr(
-            pipelines, kind.replace("ACTPipeline", "Pipeline").replace("Pipeline", "ACTPipeline"), None
-        )
-        if act_class is None:
-            known = [n.replace("ACTPipeline", "Pipeline") for n in pipelines.__all__ if n.endswith("ACTPipeline")]
-            raise ValueError(
-                f"{model} is a {kind}, for which there are no act maps yet; there are for {', '.join(known)}"
-            )
-        pipe = act_class.from_pretrained(model, torch_dtype=precision).to(place)
+            for library in (diffusers, transformers):
+                library.utils.logging.disable_progress_bar()
+            pipe = load_pipeline(place)
+        else:
+            pipe = _act_class(model).from_pretrained(model, torch_dtype=precision).to(place)
     pipe.set_progress_bar_config(leave=False)
     return pipe
+
+
+def _act_class(model: str) -> type[StableDiffusionACTPipeline]:
+    """The pipeline class for a model folder or hub name."""
+    import diffusers
+
+    from . import pipelines
+
+    if (model[0] in "./~" or Path(model).is_dir()) and not Path(model, "model_index.json").is_file():
+        raise FileNotFoundError(f"{model} is no diffusers model: there is no model_index.json in it")
+    kind = str(diffusers.DiffusionPipeline.load_config(model).get("_class_name"))
+    act_class = getattr(pipelines, kind.replace("ACTPipeline", "Pipeline").replace("Pipeline", "ACTPipeline"), None)
+    if act_class is None:
+        known = [name.replace("ACTPipeline", "Pipeline") for name in pipelines.__all__ if name.endswith("ACTPipeline")]
+        raise ValueError(f"{model} is a {kind}, for which there are no act maps yet; there are for {', '.join(known)}")
+    return act_class
 
 
 def _fit_preset(

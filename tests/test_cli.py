@@ -225,7 +225,7 @@ def test_fit_on_a_preset_takes_over_its_advice(model, tmp_path):
         (("-o", "m.safetensors", "--source", "x", "--target", "y", "--count", 2), "--count go with --preset"),
         (("-o", "m.safetensors", "--preset", "demo-no-hat", "--timesteps", "some"), "every timestep must be a number"),
         (("-o", "m.safetensors", "--preset", "demo-no-hat", "--dtype", "int8"), "--dtype must be float32"),
-        (("-o", "m.safetensors", "--preset", "demo-no-hat", "-m", "./nowhere"), "nowhere"),
+        (("-o", "m.safetensors", "--preset", "demo-no-hat", "-m", "./nowhere"), "./nowhere is no diffusers model"),
     ],
 )
 def test_fit_refuses(arguments, problem):
