@@ -135,17 +135,23 @@ def _plot_units(ax: Axes, act_map: ActMap) -> None:
     """Density of all units over scale and shift, the identity marked."""
     _heading(ax, "Scale and shift of every unit", "the ring marks a unit that stays as it is")
     scale, shift = (torch.cat([getattr(m, part) for m in act_map.values()]).numpy() for part in ("scale", "shift"))
-    x, y = (np.quantile(values, (0.002, 0.998)) for values in (scale, shift))
-    reach_x, reach_y = max(0.05, *abs(x - 1)) * 1.05, max(0.05, *abs(y)) * 1.05
-    extent = (1 - reach_x, 1 + reach_x, -reach_y, reach_y)
+    x, y = _reach(scale, 1), _reach(shift, 0)
     ax.axhline(0, color=GRID, linewidth=1, zorder=0)
     ax.axvline(1, color=GRID, linewidth=1, zorder=0)
     shades = LinearSegmentedColormap.from_list("units", ("#cfdcf5", COLOURS[0], "#0b1f4b"))
-    ax.hexbin(scale, shift, gridsize=46, extent=extent, norm=LogNorm(), cmap=shades, mincnt=1, linewidths=0.1)
+    ax.hexbin(scale, shift, gridsize=46, extent=(*x, *y), norm=LogNorm(), cmap=shades, mincnt=1, linewidths=0.1)
     ax.plot(1, 0, "o", markersize=11, markerfacecolor="none", markeredgecolor=COLOURS[1], markeredgewidth=1.8)
-    ax.set(xlim=extent[:2], ylim=extent[2:], xlabel="scale", ylabel="shift")
+    ax.set(xlim=x, ylim=y, xlabel="scale", ylabel="shift")
     for label in (ax.xaxis.label, ax.yaxis.label):
         label.set(color=FAINT, size=9)
+
+
+def _reach(values: np.ndarray, neutral: float) -> tuple[float, float]:
+    """Where nearly all values lie, with the neutral one and a margin."""
+    low, high = np.quantile(values, (0.002, 0.998))
+    low, high = min(float(low), neutral - 0.05), max(float(high), neutral + 0.05)
+    margin = 0.05 * (high - low)
+    return low - margin, high + margin
 
 
 def _heading(ax: Axes, title: str, explanation: str) -> None:
