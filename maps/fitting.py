@@ -119,13 +119,13 @@ def fit_map(
         memory=_MemoryGuard(device, memory_reserve),
     )
     weights = [t for module in components.values() for t in (*module.parameters(), *module.buffers())]
-    micro_batches = [
-        _MicroBatch(forward, batch, side, Offload(weights) if offload else None)
-        for side, batches in sides.items()
-        for batch in batches
-    ]
     bar = tqdm(total=len(names), disable=not progress, desc="Fitting sites", unit="site")
     with evaluating(components), torch.no_grad(), bar:
+        micro_batches = [
+            _MicroBatch(forward, batch, side, Offload(weights) if offload else None)
+            for side, batches in sides.items()
+            for batch in batches
+        ]
         fit.run(modules, micro_batches, bar)
     unreached = [site for site in names if site not in fit.maps]
     if unreached and (sites is not None or not fit.maps):
@@ -164,7 +164,7 @@ class _MicroBatch(greenlet):
         self.gr_context = copy_context()
         self.forward, self.batch, self.side, self.offload = forward, batch, side, offload
         self.mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        self.modes = _Modes.current()
+        self.modes = _Modes.current()  # those of the fit, until the forward waits within others
         self.site: str | None = None
         self.pooled: Tensor | None = None
 

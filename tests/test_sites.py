@@ -344,8 +344,13 @@ def test_evaluating_restores_every_mode():
     model = nn.Sequential(nn.Dropout(), nn.Dropout())
     model[1].eval()
     inside = []
-    with pytest.raises(ValueError, match="a wrong turn"), evaluating({"m": model}):
-        inside.extend(module.training for module in model.modules())
-        raise ValueError("a wrong turn")
+
+    def use():
+        with evaluating({"m": model}):
+            inside.extend(module.training for module in model.modules())
+            raise ValueError("a wrong turn")
+
+    with pytest.raises(ValueError, match="a wrong turn"):
+        use()
     assert inside == [False, False, False]
     assert [module.training for module in model.modules()] == [True, True, False]
