@@ -193,9 +193,24 @@ def fit(
     timesteps: Annotated[
         str | None, option(panel="Method", help="How many, or fractions of the run such as 0,0.3; 0 is pure noise.")
     ] = None,
+    latents: Annotated[
+        str | None,
+        option(panel="Method", help="own: each prompt's sampling run; source, target: that set's for both."),
+    ] = None,
     rows: Annotated[
         str | None, option(panel="Method", help="cond steers conditional rows only, both all rows.")
     ] = None,
+    spatial: Annotated[
+        str | None, option(panel="Method", help="affine moves every pixel by the map, shift all by one constant.")
+    ] = None,
+    at_once: Annotated[
+        bool,
+        option("--at-once", panel="Method", help="Fit all sites on the unsteered model.", show_default=False),
+    ] = False,
+    transport_target: Annotated[
+        bool,
+        option("--transport-target", panel="Method", help="Move targets too while fitting.", show_default=False),
+    ] = False,
     steps: Steps = None,
     guidance_scale: Guidance = None,
     height: Height = None,
@@ -227,7 +242,11 @@ def fit(
             pooling=pooling,
             support=_parse_support(support),
             timesteps=_parse_timesteps(timesteps),
+            latents=latents,
             rows=rows,
+            spatial=spatial,
+            causal=False if at_once else None,
+            transport_target=transport_target or None,
             height=height,
             width=width,
             batch_size=batch_size,

@@ -129,24 +129,13 @@ def test_fit_on_prompt_files_writes_a_map(model, prompts, tmp_path):
     output = tmp_path / "ink.safetensors"
     text = run(
         *("fit", "--model", model, *prompts, "--output", output, "--sites", NORM_OUT, "--timesteps", "0,0.5"),
-        *(
-            "--steps",
-            4,
-            "--method",
-            "mean",
-            "--positions",
-            "all",
-            "--support",
-            "0.1,0.9",
-            "--rows",
-            "both",
-            "--seed",
-            5,
-        ),
+        *("--steps", 4, "--method", "mean", "--positions", "all", "--support", "0.1,0.9", "--rows", "both"),
+        *("--latents", "target", "--spatial", "shift", "--at-once", "--transport-target", "--seed", 5),
     )
     act_map = ActMap.load(output)
     data = act_map.metadata
     assert list(act_map) == [NORM_OUT]
+    assert (data.spatial, data.causal, data.transport_target) == ("shift", False, True)
     assert (data.name, data.method, data.positions, data.support) == ("ink", "mean", None, (0.1, 0.9))
     assert (data.timesteps, data.rows, data.seed, data.n_source, data.n_target) == ((0.0, 0.5), "both", 5, 3, 3)
     assert str(output) in text
