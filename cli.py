@@ -122,7 +122,7 @@ def demo(
     style: Annotated[str, option(help="Style preset to bring in; 'actmaps presets' lists them.")] = "demo-neon-sign",
     negation: Annotated[str, option(help="Negation preset: what to take away.")] = "demo-no-hat",
     subject: Annotated[list[str] | None, option(help="What to draw; repeat it for more rows.")] = None,
-    count: Annotated[int, option(help="Prompts per side to fit on.")] = 48,
+    count: Annotated[int, option(help="Prompts per side to fit on.")] = 32,
     seed: Seed = 0,
     device: Device = None,
     debug: Debug = False,
@@ -139,7 +139,8 @@ def demo(
             act_map = _fit_preset(pipe, preset, count=count, seed=seed, **DEMO_SAMPLING)
             act_map.save(output / f"{preset.name}.safetensors")
             subjects = subject or DEMO_SUBJECTS.get(preset.kind, DEMO_SUBJECTS["style"])
-            picture = preset_sweep(pipe, preset, act_map, subjects, seed=seed, **DEMO_SAMPLING)
+            # Seeds that the fit has not seen.
+            picture = preset_sweep(pipe, preset, act_map, subjects, seed=seed + 10_000, **DEMO_SAMPLING)
             _save_picture(picture, output / f"{preset.name}.png")
         say(f"\nDone in {perf_counter() - started:.0f} s. [bold]Look at the pictures:[/]")
         for preset in chosen:
