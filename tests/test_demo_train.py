@@ -178,7 +178,7 @@ shipped = pytest.mark.skipif(not parts.WEIGHTS.exists(), reason="the demo weight
 @shipped
 def test_shipped_weights_are_small_and_safe():
     files = [path for path in parts.WEIGHTS.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 24e6
+    assert sum(path.stat().st_size for path in files) <= 24 * 2**20
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".txt"}
 
 
