@@ -348,11 +348,13 @@ class ImageTraining:
         self.tower = ImageTower(len(STYLES))
         pretrained_trunk(self.tower)
         self.projection = Projection()
-        # Log of the softmax's inverse temperature, and slope and offset of the words' logistic loss.
-        self.scales = nn.Parameter(torch.tensor([3.0, 10.0, -6.0]))
+        self.log_temperature = nn.Parameter(torch.tensor(3.0))
+        # Slope and offset of the words' logistic loss.
+        self.logistic = nn.Parameter(torch.tensor([20.0, -10.0]))
         self.model = nn.ModuleDict({"tower": self.tower, "projection": self.projection}).to(self.device)
         self.tower.to(memory_format=torch.channels_last)
-        self.model.register_parameter("scales", self.scales)
+        self.model.register_parameter("log_temperature", self.log_temperature)
+        self.model.register_parameter("logistic", self.logistic)
         self.average = {name: value.clone() for name, value in self.model.state_dict().items()}
         trunk = [*self.tower.stem.parameters(), *self.tower.stages.parameters()]
         rest = [
@@ -365,7 +367,8 @@ class ImageTraining:
                 {"params": trunk, "lr": 1e-3, "weight_decay": 0.02},
                 {"params": rest, "lr": 2e-3, "weight_decay": 0.02},
                 {"params": self.projection.parameters(), "lr": 5e-4, "weight_decay": 0.1},
-                {"params": [self.scales], "lr": 5e-3, "weight_decay": 0.0},
+                {"params": [self.log_temperature], "lr": 2e-3, "weight_decay": 0.0},
+                {"params": [self.logistic], "lr": 2e-2, "weight_decay": 0.0},
             ],
             betas=(0.9, 0.98),
             fused=True,
@@ -446,11 +449,11 @@ class ImageTraining:
         texts = texts + 0.01 * torch.randn(texts.shape, generator=generator).to(self.device)
 
         style_logits, seen = self.tower(pictures)
-        temperature = self.scales[0].clamp(max=4.0).exp()
+        temperature = self.log_temperature.clamp(max=4.0).exp()
         logits = temperature * seen @ self.projection(texts).T
         target = 0.1 * self.soft_targets[rows] + 0.9 * F.one_hot(rows, len(self.texts))
         subject_loss = -(target * logits.log_softmax(-1)).sum(-1).mean()
-        word_logits = self.scales[1] * (seen @ self.projection(self.words).T) + self.scales[2]
+        word_logits = self.logistic[0] * (seen @ self.projection(self.words).T) + self.logistic[1]
         word_loss = (
             F.binary_cross_entropy_with_logits(word_logits, self.word_targets[rows], reduction="none").sum(-1).mean()
         )
@@ -470,7 +473,7 @@ class ImageTraining:
     def result(self) -> tuple[ImageTower, Projection, float, float]:
         """The averaged tower and projection, slope and offset of `Judges.shows`."""
         self.model.load_state_dict(self.average)
-        _, slope, offset = self.scales.tolist()
+        slope, offset = self.logistic.tolist()
         return self.tower.eval(), self.projection.eval(), slope, offset
 
 
