@@ -68,7 +68,7 @@ def preset_sweep(
         subjects: one row each.
         strengths, seed, call_options: as for `strength_sweep`.
     """
-    prompts, _ = preset.prompts(subjects, seed)
+    prompts, asked = preset.prompts(subjects, seed)
     side = preset.source if preset.kind == "negation" else preset.target
     word = side.tags[0] if side.tags else preset.name
     if preset.kind == "negation":
@@ -78,11 +78,13 @@ def preset_sweep(
         )
         compared = {
             f"“{word}” as\nnegative prompt": (prompts, {"negative_prompt": [word] * len(prompts)}),
-            "without it\nin the prompt": (list(subjects), {}),
+            "without it\nin the prompt": (asked, {}),
         }
     else:
         title, subtitle = f"Bringing in “{word}” with an act map", "No prompt names it but those of the last column."
-        compared = {f"“{word}”\nin the prompt": ([f"{prompt}, {word}" for prompt in prompts], {})}
+        if preset.kind == "style":
+            asked = [f"{prompt}, {word}" for prompt in prompts]  # the plainest way to say it
+        compared = {f"“{word}”\nin the prompt": (asked, {})}
     name = pipe.load_act_map(act_map, f"sweep of {preset.name}")
     try:
         rows = strength_sweep(pipe, prompts, strengths, seed=seed, **call_options)
