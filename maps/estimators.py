@@ -155,9 +155,14 @@ def transport_costs(source: Tensor, target: Tensor, fitted: AffineMap) -> tuple[
 
     The distance is (mean_a - mean_b)^2 + (std_a - std_b)^2, from the first two moments of the samples (n, C) and (m, C).
     """
-    mean_a, mean_b = source.mean(0), target.mean(0)
-    std_a, std_b = source.std(0, correction=0), target.std(0, correction=0)
+    (mean_a, std_a), (mean_b, std_b) = _moments(source), _moments(target)
     moved_mean, moved_std = fitted.scale * mean_a + fitted.shift, fitted.scale.abs() * std_a
     before = (mean_a - mean_b).square() + (std_a - std_b).square()
     after = (moved_mean - mean_b).square() + (moved_std - std_b).square()
     return float(before.mean()), float(after.mean())
+
+
+def _moments(samples: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (C,) of samples (n, C)."""
+    mean = samples.mean(0)
+    return mean, (samples - mean).square_().mean(0).sqrt()
