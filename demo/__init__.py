@@ -26,12 +26,13 @@ def load_pipeline(device: str = "cpu") -> StableDiffusionACTPipeline:
     Args:
         device: where to put it. Weights are stored in half precision and loaded in single precision.
     """
-    import torch
-
     from ..pipelines import StableDiffusionACTPipeline
     from .model import WEIGHTS
 
-    return StableDiffusionACTPipeline.from_pretrained(WEIGHTS).to(device, torch.float32)
+    pipeline = StableDiffusionACTPipeline.from_pretrained(WEIGHTS)
+    for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        module.float()
+    return pipeline.to(device)
 
 
 def load_judges() -> Judges:

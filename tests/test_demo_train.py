@@ -152,6 +152,19 @@ def test_autoencoder_run_resumes_too(tmp_path):
         torch.testing.assert_close(resumed.module.state_dict()[name], value, msg=name)
 
 
+def test_decoder_run_leaves_the_latents_as_they_are(tmp_path):
+    images = np.random.default_rng(0).integers(0, 255, (4, 64, 64, 3), dtype=np.uint8)
+    torch.manual_seed(0)
+    vae = parts.build_vae(TINY_VAE)
+    latents = train.encode_all(vae, images)
+    run = train.decoder_run(images, latents, tmp_path, train.Budget(12), vae=vae, batch=2)
+    run.warmup = 1
+    before = run.loss(100).item()
+    run.train()
+    assert run.loss(100).item() < before
+    torch.testing.assert_close(train.encode_all(vae, images), latents)
+
+
 def test_weights_are_written_whole_and_replaced(tokenizer, tmp_path):
     from diffusers import StableDiffusionPipeline
 
