@@ -17,7 +17,8 @@ import json
 import platform
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 import actmaps.demo as demo
+from actmaps.demo.dataset import known_concepts
 from actmaps.evaluation.images import (
     STRENGTHS,
     Sampling,
@@ -73,12 +75,43 @@ ABLATION: dict[str, dict[str, Any]] = {
 ABLATION_STYLES = ("blueprint", "pixel art", "glossy 3d")
 ABLATION_STRENGTHS = (0.5, 1.0)
 
-# Preset, the words that add the concept to a subject, and the words of a negative prompt.
-NEGATIONS = {
-    "demo-no-hat": ("{} with a hat", "hat"),
-    "demo-no-sunglasses": ("{} with sunglasses", "sunglasses"),
-    "demo-no-crown": ("{} with a crown", "crown"),
-}
+# Colours are fitted on shapes and judged on things.
+SHAPES = ("circle", "square", "heart", "triangle pointed up", "book", "small diamond")
+THINGS = (
+    "rose", "automobile", "balloon", "backpack", "bird", "butterfly", "fish", "tulip", "umbrella", "sailboat", "house",
+    "teacup without handle", "envelope", "rocket", "key", "bell",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Negation:
+    """A concept that the prompt asks for and a map takes away.
+
+    Attributes:
+        phrase: adds the concept to a subject.
+        negative: the words of the negative prompt.
+        fitted, judged: subjects to fit and to judge on.
+    """
+
+    phrase: str
+    negative: str
+    fitted: tuple[str, ...]
+    judged: tuple[str, ...]
+
+
+def negations() -> dict[str, Negation]:
+    """Three accessories, by their presets, and three colours."""
+    found = {}
+    for word in ("hat", "sunglasses", "crown"):
+        subjects = load_preset(f"demo-no-{word}").subjects
+        wearers = [c.label for c in known_concepts() if word in c.accessories and c.split == "train"]
+        judged = tuple(label for label in wearers if label not in subjects)
+        found[word] = Negation(
+            f"{{}} with {'sunglasses' if word == 'sunglasses' else f'a {word}'}", word, subjects, judged
+        )
+    for colour in ("red", "blue", "green"):
+        found[colour] = Negation(f"{colour} {{}}", colour, SHAPES, THINGS)
+    return found
 
 
 class Bench:
@@ -95,10 +128,13 @@ class Bench:
         self._drawn: dict[str, Any] = {}
         self.console = Console()
 
-    def subjects(self, fitted: tuple[str, ...], known: Callable[[str], bool] = lambda _: True) -> list[str]:
+    def subjects(self, fitted: tuple[str, ...]) -> list[str]:
         """Subjects that the model knows and the map was not fitted on."""
-        free = [s for s in demo.subjects("train") if s not in fitted and known(s)]
-        return random.Random(0).sample(free, min(self._subjects, len(free)))
+        return self.sample([subject for subject in demo.subjects("train") if subject not in fitted])
+
+    def sample(self, subjects: Sequence[str], count: int | None = None) -> list[str]:
+        """A seeded draw of at most `count` subjects."""
+        return random.Random(0).sample(list(subjects), min(count or self._subjects, len(subjects)))
 
     def drawn(self, prompts: list[str], **options: Any) -> Any:
         """Pictures without a map, drawn once however often they are asked for."""
@@ -231,44 +267,31 @@ def _ablation_row(table: Table, label: str, rows: dict[str, dict], baselines: di
     table.add_row(label, *cells, _percent(sum(shares) / len(shares)), _percent(sum(contents) / len(contents)))
 
 
-def negation(bench: Bench, wanted: list[str]) -> None:
+def negation(bench: Bench) -> None:
+    strengths = STRENGTHS[:5]
     table = _table(
-        "Negation: share of pictures that show the concept",
-        "concept",
-        STRENGTHS[:5],
-        "neg. prompt",
-        "unasked",
-        "content",
+        "Negation: share of pictures that show the concept", "concept", strengths, "neg. prompt", "unasked", "content"
     )
-    for name in wanted:
-        phrase, negative = NEGATIONS[name]
-        preset = load_preset(name)
-        wearers = {c.label for c in demo.dataset.known_concepts() if negative in c.accessories}
-        subjects = bench.subjects(preset.subjects, lambda s, wearers=wearers: s in wearers)
-        asked = [phrase.format(subject) for subject in subjects]
+    for word, case in negations().items():
+        subjects = bench.sample(case.judged)
+        asked = [case.phrase.format(subject) for subject in subjects]
 
         def judge(images: Any, subjects: list[str] = subjects, asked: list[str] = asked) -> Scores:
             return score_concept(bench.judges, images, subjects, asked)
 
-        def measure(
-            preset: Any = preset,
-            judge: Any = judge,
-            asked: list = asked,
-            subjects: list = subjects,
-            negative: str = negative,
-        ) -> dict:
-            prompts = preset.prompts(count=FIT_PROMPTS)
+        def measure(case: Negation = case, judge: Any = judge, asked: list = asked, subjects: list = subjects) -> dict:
+            plain = bench.sample(case.fitted, FIT_PROMPTS)
             return {
-                "negative prompt": as_row(judge(bench.drawn(asked, negative_prompt=negative))),
+                "negative prompt": as_row(judge(bench.drawn(asked, negative_prompt=case.negative))),
                 "unasked": as_row(judge(bench.drawn(subjects))),
-                **bench.steered(prompts, asked, judge, STRENGTHS[:5], {}),
+                **bench.steered(([case.phrase.format(s) for s in plain], plain), asked, judge, strengths, {}),
             }
 
-        row = bench.row(f"negation / {name}", measure)
+        row = bench.row(f"negation / {word}", measure)
         by = row["by_strength"]
         table.add_row(
-            negative,
-            *[_percent(by[str(s)]["share"]) for s in STRENGTHS[:5]],
+            word,
+            *[_percent(by[str(s)]["share"]) for s in strengths],
             _percent(row["negative prompt"]["share"]),
             _percent(row["unasked"]["share"]),
             _percent(by["1.0"]["content"] / by["0.0"]["content"]),
@@ -295,7 +318,7 @@ def main() -> None:
     parser.add_argument("table", nargs="?", choices=["all", "styles", "ablation", "negation"], default="all")
     parser.add_argument("--styles", nargs="+", help="styles to measure; default all (ablation: three)")
     parser.add_argument("--subjects", type=int, default=48, help="subjects per row")
-    parser.add_argument("--steps", type=int, default=Sampling.num_inference_steps, help="sampling steps")
+    parser.add_argument("--steps", type=int, default=12, help="sampling steps")
     parser.add_argument("--json", type=Path, help="store rows here and resume from it")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
@@ -310,7 +333,7 @@ def main() -> None:
     if options.table in ("all", "styles"):
         styles(bench, options.styles or list(demo.STYLES))
     if options.table in ("all", "negation"):
-        negation(bench, list(NEGATIONS))
+        negation(bench)
 
 
 if __name__ == "__main__":
