@@ -323,8 +323,9 @@ def denoiser_run(
         generator, rng = _generator(seed + 1, step), random.Random(f"{seed}-{step}")
         rows = torch.randint(len(records), (batch,), generator=generator)
         tokens = parts.tokenize(tokenizer, [data.sample_caption(records[row], rng) for row in rows.tolist()])
-        # Stratified timesteps: the loss is the same in expectation and less noisy.
-        offsets = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
+        # Stratified, which makes the loss less noisy, and denser where there is more noise: measured by the loss with a wrong
+        # caption, the words for the subject matter ten times as much above timestep 500 as below 350.
+        offsets = ((torch.arange(batch) + torch.rand(batch, generator=generator)) / batch).sqrt()
         timesteps = (offsets * len(alphas)).long()[torch.randperm(batch, generator=generator)]
         clean = latents[rows]
         noise = torch.randn(clean.shape, generator=generator)
