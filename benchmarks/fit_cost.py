@@ -221,13 +221,23 @@ def peak(prompts: int, batch_size: int) -> dict[str, float]:
     """Peak resident MiB of one fit in this process, and what was resident before it."""
     model, batches = build("unet", prompts, batch_size, size=16)
     plain_passes(model, {side: micro_batches[:1] for side, micro_batches in batches.items()})
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss counts bytes there, KiB elsewhere
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    before, _ = resident()
     watch = Stopwatch()
     with watch.running():
         fit_map(model, **batches, positions=POSITIONS, progress=False)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    return {"prompts": prompts, "before": before, "peak": after, "seconds": watch.wall}
+    return {"prompts": prompts, "before": before, "peak": resident()[1], "seconds": watch.wall}
+
+
+def resident() -> tuple[float, float]:
+    """MiB of this process that are resident now, and the most that ever were."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        unit = 2**20 if sys.platform == "darwin" else 2**10
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        return most, most
+    # Not ru_maxrss here, which a new process inherits from the one that started it.
+    fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    return int(fields["VmRSS"].split()[0]) / 2**10, int(fields["VmHWM"].split()[0]) / 2**10
 
 
 def peak_in_new_process(prompts: int, batch_size: int) -> dict[str, float]:
