@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 import tiny_models
 from actmaps import __version__, cli
+from actmaps.demo.model import WEIGHTS
 from actmaps.maps import ActMap, ActMapMetadata, AffineMap
 from actmaps.pipelines import StableDiffusionACTPipeline
 
@@ -364,6 +366,7 @@ def test_blend_refuses(item, problem, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path(WEIGHTS).exists(), reason="the demo model's weights are not there")
 def test_demo_writes_maps_and_pictures(tmp_path):
     text = run("demo", "--output", tmp_path, "--count", 12, "--subject", "lion")
     for name, columns in (("demo-neon-sign", 6), ("demo-no-hat", 7)):
