@@ -264,7 +264,7 @@ def decoder_run(
     peak: float = 1e-3,
     device: str = "cpu",
 ) -> Run:
-    """Train only the VAE's decoder, on fixed latents with a little noise: generated latents are never quite on the spot.
+    """Train only the VAE's decoder, on fixed latents with noise: generated latents are never quite on the spot.
 
     Args:
         images: uint8 (N, 64, 64, 3).
@@ -276,7 +276,8 @@ def decoder_run(
     def loss(step: int) -> Tensor:
         generator = _generator(seed + 2, step)
         rows = torch.randint(len(images), (batch,), generator=generator)
-        noise = torch.randn(latents[rows].shape, generator=generator) * 0.05
+        spread = 0.3 * torch.rand(batch, 1, 1, 1, generator=generator)
+        noise = torch.randn(latents[rows].shape, generator=generator) * spread
         pixels = to_pixels(images[rows.numpy()]).to(device, memory_format=torch.channels_last)
         return reconstruction_loss(decoder((latents[rows] + noise).to(device)), pixels)
 
