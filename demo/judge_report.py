@@ -3,7 +3,7 @@
     python -m actmaps.demo.judge_report --data ~/.cache/actmaps/emoji-dataset
 
 prints accuracy and confusions of the style classifier, zero-shot retrieval of labels by the concept judge, and how well `Judges.shows`
-tells pictures with a word from pictures without.
+tells pictures with a word from pictures without. With `--vae FOLDER` also the first two after a round trip through that autoencoder.
 """
 
 from __future__ import annotations
@@ -226,6 +226,32 @@ def _label_pictures(records: list[Record], matches: Callable[[str], Any], colour
     return torch.tensor(eligible), torch.tensor(positive)
 
 
+@torch.no_grad()
+def round_trip(vae: torch.nn.Module, pictures: Tensor) -> Tensor:
+    """Encode and decode (n, 3, 64, 64) in [0, 1] with an `AutoencoderKL`; same shape, device and range."""
+    return torch.cat([(vae(chunk * 2 - 1).sample / 2 + 0.5).clamp(0, 1) for chunk in pictures.split(64)])
+
+
+def vae_report(judges: Judges, dataset: Dataset, vae: torch.nn.Module) -> dict[str, Any]:
+    """Style accuracy and retrieval for unseen subjects without accessories, before and after `round_trip`."""
+    records = [record for record in dataset.select("held_out_concept") if record.accessory is None]
+    labels = list(dict.fromkeys(record.concept.label for record in records))
+    bank, own = judges.embed_captions(labels), torch.tensor([labels.index(record.concept.label) for record in records])
+    style = torch.tensor([record.style for record in records])
+    before = _pictures(dataset, records)
+    report = {}
+    for name, pictures in (("before", before), ("after", round_trip(vae, before))):
+        right = (judges.style(pictures).argmax(1) == style).float()
+        report[name] = {
+            "style_accuracy": right.mean().item(),
+            "style_accuracy_by_style": {
+                word: right[style == index].mean().item() for index, word in enumerate(STYLES)
+            },
+            "retrieval": retrieval_row(ranks(judges.embed_images(pictures), bank, own)),
+        }
+    return report
+
+
 def evaluate(judges: Judges, dataset: Dataset) -> dict[str, Any]:
     """All figures: {"style", "retrieval", "attributes", "reliable_attributes"}, as kept in the weights' metadata."""
     attributes = attribute_report(judges, dataset)
@@ -279,10 +305,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=None, help="folder of the data set (default: the cache's)")
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    parser.add_argument("--vae", type=Path, help="folder of an AutoencoderKL, such as demo/weights/vae")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
-    report = evaluate(Judges.load(arguments.weights), load(arguments.data))
+    judges, dataset = Judges.load(arguments.weights), load(arguments.data)
+    report = evaluate(judges, dataset)
     print_report(report)
+    if arguments.vae:
+        from diffusers import AutoencoderKL
+
+        vae = AutoencoderKL.from_pretrained(arguments.vae, torch_dtype=torch.float32).eval()
+        report["vae"] = vae_report(judges, dataset, vae)
+        for when, row in report["vae"].items():
+            by_style = ", ".join(f"{name} {share:.0%}" for name, share in row["style_accuracy_by_style"].items())
+            print(
+                f"\n{when} the VAE: style {row['style_accuracy']:.1%} ({by_style}); "
+                f"label top 1 {row['retrieval']['top1']:.1%}, top 5 {row['retrieval']['top5']:.1%}"
+            )
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=1))
 

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .dataset import ACCESSORIES, Concept, Dataset, Record, cache_folder, known_concepts, load, subject_text
-from .judge_report import evaluate, print_report
+from .judge_report import evaluate, print_report, round_trip
 from .judges import EMBEDDING_SIZE, METADATA_KEY, WEIGHTS, ImageTower, Judges, TextTower, tokenize
 from .styles import STYLE_TABLE, STYLES
 
@@ -315,12 +315,8 @@ def reconstructions(
         from diffusers import AutoencoderKL
 
         vae = AutoencoderKL.from_pretrained(vae_folder, torch_dtype=torch.float32).eval().to(device)
-        out = np.empty((len(chosen), *dataset.images.shape[1:]), np.uint8)
-        with torch.no_grad():
-            for start in range(0, len(chosen), 64):
-                pictures = _pictures(dataset.images, [record.image for record in chosen[start : start + 64]], device)
-                decoded = vae(pictures * 2 - 1).sample.clamp(-1, 1)
-                out[start : start + 64] = ((decoded + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        decoded = round_trip(vae, _pictures(dataset.images, [record.image for record in chosen], device))
+        out = (decoded * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         np.save(path.with_suffix(".part.npy"), out)
         path.with_suffix(".part.npy").replace(path)
         print(f"passed {len(chosen)} pictures through the VAE of {vae_folder}")
@@ -480,6 +476,17 @@ class ImageTraining:
 # Text tower ------------------------------------------------------------------------------------------------------------
 
 
+def new_text_tower(teacher: Teacher, old_ids: Tensor) -> TextTower:
+    """An untrained text tower whose word vectors are the principal components of the teacher's."""
+    tower = TextTower(len(old_ids))
+    vectors = teacher.model.get_input_embeddings().weight.detach().cpu()[old_ids]
+    vectors = vectors - vectors.mean(0)
+    axes = torch.linalg.svd(vectors, full_matrices=False)[2][: tower.tokens.embedding_dim]
+    vectors = vectors @ axes.T
+    tower.tokens.weight.data.copy_(vectors / vectors.std())
+    return tower
+
+
 def distil_text_tower(
     arguments: argparse.Namespace, teacher: Teacher, projection: Projection
 ) -> tuple[TextTower, Tokenizer]:
@@ -489,7 +496,13 @@ def distil_text_tower(
     rng = random.Random(arguments.seed)
     style_words = [words for style in STYLE_TABLE for words in (style.phrase, *style.wordings)]
     spoken = [text for c in concepts for text in (c.label, *c.synonyms, *c.tags)] + style_words
-    tokenizer, old_ids = trimmed_tokenizer(teacher.tokenizer, spoken)
+    torch.manual_seed(arguments.seed)
+    if arguments.text_from:
+        earlier = Judges.load(arguments.text_from, device)
+        tower, tokenizer = earlier.text_tower.requires_grad_(True), earlier.tokenizer
+    else:
+        tokenizer, old_ids = trimmed_tokenizer(teacher.tokenizer, spoken)
+        tower = new_text_tower(teacher, old_ids).to(device)
     pairs = distillation_pairs(concepts, tokenizer, rng)
     with torch.no_grad():
         targets = {
@@ -499,13 +512,7 @@ def distil_text_tower(
     # Batches of texts of similar length spare most of the padding.
     by_length = {kind: mask.sum(1).argsort() for kind, (_, mask) in inputs.items()}
 
-    torch.manual_seed(arguments.seed)
-    tower = TextTower(len(old_ids)).to(device)
-    vectors = teacher.model.get_input_embeddings().weight.detach()[old_ids.to(device)]
-    vectors = vectors - vectors.mean(0)
-    axes = torch.linalg.svd(vectors, full_matrices=False)[2][: tower.tokens.embedding_dim]
-    vectors = vectors @ axes.T
-    tower.tokens.weight.data.copy_(vectors / vectors.std())
+    tower.train()
     optimizer = torch.optim.AdamW(tower.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=arguments.text_steps, pct_start=0.05)
     shares = {
@@ -586,6 +593,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1800, help="training steps of the image tower")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--text-steps", type=int, default=2000, help="training steps of the text tower")
+    parser.add_argument(
+        "--text-from", type=Path, help="judges whose text tower is taken further, instead of a new one"
+    )
     parser.add_argument("--text-batch", type=int, default=256)
     parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
     parser.add_argument("--vae", type=Path, help="folder of the demo VAE: a quarter of the pictures pass through it")
@@ -615,6 +625,7 @@ def main() -> None:
             "minutes": round(training.seconds / 60, 1),
             "device": arguments.device,
             "text_steps": arguments.text_steps,
+            "text_from_earlier_judges": bool(arguments.text_from),
             "vae_reconstructions": bool(arguments.vae),
         },
     }
