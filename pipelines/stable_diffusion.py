@@ -37,7 +37,7 @@ class StableDiffusionACTPipeline(ACTMixin, StableDiffusionPipeline):
         sites: str | Sequence[str] | None = None,
         method: str = "linear",
         timesteps: int | Sequence[float] = 3,
-        latents: str = "own",
+        latents: str = "target",
         num_inference_steps: int = 20,
         guidance_scale: float | None = None,
         rows: str = "cond",

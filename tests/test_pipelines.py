@@ -128,7 +128,7 @@ def test_text_encoder_sites_alone_need_no_sampling(pipe):
 def test_the_first_timestep_alone_takes_one_step_of_sampling(pipe):
     seen = []
     handle = pipe.unet.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
-    fit(pipe, timesteps=[0.0], sites="unet", batch_size=3, guidance_scale=1.0)
+    fit(pipe, timesteps=[0.0], latents="own", sites="unet", batch_size=3, guidance_scale=1.0)
     handle.remove()
 
     noise = torch.cat([torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)])
