@@ -29,10 +29,11 @@ if TYPE_CHECKING:
 
 DEMO = "demo"
 DEMO_SAMPLING: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 4.0}
-# Held-out subjects: the demo model has never seen a picture of them.
+# What the demo draws. The maps are fitted on none of these; the lion, the melon and most faces were held out of the
+# model's training too.
 DEMO_SUBJECTS = {
-    "style": ("lion", "polar bear", "crab", "croissant", "telephone", "laptop"),
-    "negation": ("lion", "polar bear", "pig", "llama", "grinning face", "melon"),
+    "style": ("grinning face", "full moon", "tangerine", "lion", "santa claus", "house with garden"),
+    "negation": ("smiling face", "slightly smiling face", "worried face", "pouting cat", "lion", "melon"),
 }
 
 app = typer.Typer(

@@ -14,8 +14,10 @@ from typer.testing import CliRunner
 
 import tiny_models
 from actmaps import __version__, cli
+from actmaps.demo import dataset
 from actmaps.demo.model import WEIGHTS
 from actmaps.maps import ActMap, ActMapMetadata, AffineMap
+from actmaps.maps.presets import load_preset
 from actmaps.pipelines import StableDiffusionACTPipeline
 
 NORM_OUT = "unet.conv_norm_out"
@@ -363,6 +365,13 @@ def test_blend_refuses(item, problem, tmp_path):
 
 
 # demo ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "preset"), [("style", "demo-neon-sign"), ("negation", "demo-no-hat")])
+def test_the_demo_draws_what_its_maps_were_not_fitted_on(kind, preset):
+    subjects = cli.DEMO_SUBJECTS[kind]
+    assert not set(subjects) & set(load_preset(preset).subjects)
+    assert set(subjects) & set(dataset.subjects("held_out"))
 
 
 @pytest.mark.slow
