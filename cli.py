@@ -379,7 +379,7 @@ def inspect(
 @app.command(
     epilog=examples(
         "blend neon.safetensors=0.5 pixel-art.safetensors=0.7 -o neon-pixels.safetensors",
-        "blend ink.safetensors=1 no-hat.safetensors=1 --name ink-without-hats -o both.safetensors",
+        "blend ink.safetensors=1 photo.safetensors=-0.5 --name inkier -o inkier.safetensors",
     )
 )
 def blend(
