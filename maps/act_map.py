@@ -21,6 +21,7 @@ class ActMapMetadata:
         name, description, licence, created: for people; `created` is an ISO 8601 UTC time.
         method, pooling, positions, support, spatial, causal, transport_target, seed: the arguments of `fit_map`.
         timesteps: fractions of the sampling run that were recorded (0 = pure noise); empty for text models.
+        window: part of the sampling run, as fractions of its steps, in which the map acts on the denoiser.
         latents: whose sampling runs they are: "own", "source" or "target".
         rows: "cond" steers the conditional rows of classifier-free guidance only, "both" all rows.
         architecture: class name per component, for example {"unet": "UNet2DConditionModel"}.
@@ -44,6 +45,7 @@ class ActMapMetadata:
     transport_target: bool = False
     seed: int = 0
     timesteps: tuple[float, ...] = ()
+    window: tuple[float, float] = (0.0, 1.0)
     latents: str = "own"
     rows: str = "cond"
     architecture: Mapping[str, str] = field(default_factory=dict)

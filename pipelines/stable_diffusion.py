@@ -36,7 +36,8 @@ class StableDiffusionACTPipeline(ACTMixin, StableDiffusionPipeline):
         name: str | None = None,
         sites: str | Sequence[str] | None = None,
         method: str = "linear",
-        timesteps: int | Sequence[float] = 3,
+        timesteps: int | Sequence[float] = 4,
+        window: tuple[float, float] = (0.0, 0.4),
         latents: str = "target",
         num_inference_steps: int = 20,
         guidance_scale: float | None = None,
@@ -59,8 +60,10 @@ class StableDiffusionACTPipeline(ACTMixin, StableDiffusionPipeline):
             sites: component names ("unet", "text_encoder"), suffixes, or a full-match regular expression; None takes all
                 normalisation layers of both.
             method: "linear", "mean" or "gaussian".
-            timesteps: how many timesteps, spread over the run from pure noise on, or their fractions of the run: 0 is pure
-                noise. (0.0,) is the paper's way and needs no sampling.
+            timesteps: how many timesteps to record, spread over the window, or their fractions of the run: 0 is pure noise. With
+                [0.0] and window (0.0, 1.0), as in the paper, no sampling is needed.
+            window: the part of the run, as fractions of its steps, in which the map acts on the U-Net. Early steps decide the
+                look; a map that acts to the end costs content.
             latents: whose sampling run the U-Net looks at while fitting: "own" each prompt's; "source" or "target" the run of
                 prompt i of that set for prompt i of both.
             num_inference_steps, guidance_scale: of the sampling run; guidance None takes the pipeline's default.
@@ -89,7 +92,7 @@ class StableDiffusionACTPipeline(ACTMixin, StableDiffusionPipeline):
                 raise ValueError(f"{option} must be one of {', '.join(known)}, got {value!r}")
         if name is not None and name in self._act_maps:
             raise ValueError(f"an act map named {name!r} is already loaded; delete it first or choose another name")
-        fractions = _fractions(timesteps)
+        fractions = _fractions(timesteps, window)
         components = {"text_encoder": self.text_encoder, "unet": self.unet}
         names = find_sites(components, sites)
         if not any(site.startswith("unet.") for site in names):
@@ -111,6 +114,7 @@ class StableDiffusionACTPipeline(ACTMixin, StableDiffusionPipeline):
         metadata = ActMapMetadata(
             name=name or "act_map",
             timesteps=fractions,
+            window=(float(window[0]), float(window[1])),
             rows=rows,
             latents=latents,
             model_name=str(self.config.get("_name_or_path") or type(self).__name__),
@@ -225,12 +229,15 @@ class _SamplingRuns:
         return randn_tensor(shape, generators, torch.device("cpu"), pipe.unet.dtype).to(pipe._execution_device)
 
 
-def _fractions(timesteps: int | Sequence[float]) -> tuple[float, ...]:
+def _fractions(timesteps: int | Sequence[float], window: tuple[float, float]) -> tuple[float, ...]:
     """Fractions of the sampling run in [0, 1) at which latents are recorded."""
+    start, end = window
+    if not 0 <= start < end <= 1:
+        raise ValueError(f"window must be two fractions of the run, 0 <= start < end <= 1, got {window!r}")
     if isinstance(timesteps, int):
         if timesteps < 1:
             raise ValueError(f"timesteps must be at least 1, got {timesteps}")
-        return tuple(i / timesteps for i in range(timesteps))
+        return tuple(start + (end - start) * i / timesteps for i in range(timesteps))
     fractions = tuple(sorted(float(f) for f in timesteps))
     if not fractions or not all(0 <= f < 1 for f in fractions):
         raise ValueError(f"timesteps must be fractions of the run in [0, 1), 0 being pure noise; got {timesteps!r}")

@@ -22,11 +22,14 @@ class _Armed:
     steering: Steering
     strength: ComponentStrength
     cond_only: bool
+    window: tuple[float, float]
 
     def set(self, step: int, steps: int, guided: bool) -> None:
         """Set strength and rows for a step; `guided` says that the batch is [unconditional, conditional]."""
         strength, rows = self.strength, None
-        if callable(strength):
+        if not self.window[0] <= step / steps < self.window[1]:
+            strength = 0.0
+        elif callable(strength):
             strength = float(strength(step, steps))
         elif not isinstance(strength, (int, float)):
             rows, strength = torch.tensor(strength, dtype=torch.float32), 1.0
@@ -69,7 +72,9 @@ class SteeredCall:
                     part = act_map.select(rf"{component}\..*")
                     own = component_strength(strength, component)
                     steering = steer(components, part)
-                    self._armed.append(_Armed(component, steering, own, act_map.metadata.rows == "cond"))
+                    # A text encoder runs once, before the first step: the window is the denoiser's.
+                    window = act_map.metadata.window if component == denoiser else (0.0, 1.0)
+                    self._armed.append(_Armed(component, steering, own, act_map.metadata.rows == "cond", window))
         except BaseException:
             self.remove()
             raise

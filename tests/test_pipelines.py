@@ -109,8 +109,8 @@ def test_both_sides_can_look_at_the_runs_of_one(pipe, side):
     act_map = fit(pipe, sites="unet.conv_norm_out", latents=side, batch_size=4)
     handle.remove()
 
-    source, target = seen[-2:]  # the two fitting forwards, three timesteps per prompt
-    assert torch.equal(source, target[:9])
+    source, target = seen[-2:]  # the two fitting forwards, two of four steps lie in the window
+    assert torch.equal(source, target[: len(source)])
     assert act_map.metadata.latents == side
 
 
@@ -202,6 +202,19 @@ def test_a_schedule_sees_every_step_once(pipe):
     assert torch.equal(latest[0], plain[0])
     assert torch.equal(latest[1], plain[1])
     assert not torch.equal(latest[2], plain[2])
+
+
+def test_a_map_acts_on_the_denoiser_in_its_window_only(pipe):
+    pipe.load_act_map(shift_map(NORM_OUT, 16, 3.0, window=(0.25, 0.75)), "middle")
+    plain = outputs_of(pipe, "conv_norm_out", act_strength=0, steps=4, guidance_scale=1.0)
+    steered = outputs_of(pipe, "conv_norm_out", steps=4, guidance_scale=1.0)
+
+    assert torch.equal(steered[0], plain[0])
+    torch.testing.assert_close(steered[1][:, 0], plain[1][:, 0] + 3)
+    # The last step starts from other latents; without the map it gives what the plain pipeline gives for those.
+    act_map = fit(pipe, "ink", window=(0.0, 0.5))
+    assert act_map.metadata.window == (0.0, 0.5)
+    assert act_map.metadata.timesteps == (0.0, 0.125, 0.25, 0.375)
 
 
 def test_strengths_by_component_and_by_name(pipe):
@@ -380,6 +393,7 @@ def test_prompt_embeds_make_text_encoder_maps_inert_with_a_warning(pipe, caplog)
         (lambda p: p.fit_act_map(SOURCE, TARGET, rows="uncond"), "rows must be one of cond, both"),
         (lambda p: p.fit_act_map(SOURCE, TARGET, latents="mine"), "latents must be one of own, source, target"),
         (lambda p: p.fit_act_map(SOURCE, TARGET, timesteps=[1.0]), "fractions of the run"),
+        (lambda p: p.fit_act_map(SOURCE, TARGET, window=(0.5, 0.5)), "window must be two fractions"),
         (lambda p: p.fit_act_map(SOURCE, TARGET, timesteps=0), "timesteps must be at least 1"),
         (lambda p: p.fit_act_map(SOURCE, TARGET, sites=["unet.conv_norm_ou"]), "closest: unet.conv_norm_out"),
     ],
