@@ -195,6 +195,9 @@ def fit(
     timesteps: Annotated[
         str | None, option(panel="Method", help="How many, or fractions of the run such as 0,0.3; 0 is pure noise.")
     ] = None,
+    window: Annotated[
+        str | None, option(panel="Method", help="Part of the run in which the map acts, such as 0,0.4.")
+    ] = None,
     latents: Annotated[
         str | None,
         option(panel="Method", help="own: each prompt's sampling run; source, target: that set's for both."),
@@ -244,6 +247,7 @@ def fit(
             pooling=pooling,
             support=_parse_support(support),
             timesteps=_parse_timesteps(timesteps),
+            window=_parse_window(window),
             latents=latents,
             rows=rows,
             spatial=spatial,
@@ -579,6 +583,15 @@ def _parse_timesteps(text: str | None) -> int | tuple[float, ...] | None:
     if text.isdigit() and text != "0":
         return int(text)
     return tuple(_number(part, "every timestep") for part in text.split(","))
+
+
+def _parse_window(text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    ends = tuple(_number(part, "every end of --window") for part in text.split(","))
+    if len(ends) != 2:
+        raise ValueError(f"--window takes a start and an end such as 0,0.4, got {text!r}")
+    return ends
 
 
 def _check_picture(path: Path) -> None:

@@ -39,6 +39,9 @@ def summary_table(act_map: ActMap) -> Table:
         "fitted on": f"{data.n_source} source and {data.n_target} target prompts" if data.n_source else "",
         "method": f"{data.method}, {pooling}, support {data.support}, {'causal' if data.causal else 'all sites at once'}",
         "timesteps": ", ".join(f"{t:.2g}" for t in data.timesteps),
+        "acts": "all through the run"
+        if data.window == (0, 1)
+        else f"from {data.window[0]:.0%} to {data.window[1]:.0%} of the run",
         "steers": {"cond": "conditional rows", "both": "all rows"}.get(data.rows, data.rows),
         "transport cost": f"{before:.3g} before, {after:.3g} after" if data.costs else "",
         "strength": f"{data.recommended_strength:g} recommended",
