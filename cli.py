@@ -179,7 +179,7 @@ def fit(
         option(
             panel="Method",
             help="unet, text_encoder, the end of a module's name, or a regular expression; repeat it for several. "
-            "Default: the preset's advice, else all normalisation layers.",
+            "Default: the preset's advice, else the normalisation layers of the U-Net.",
         ),
     ] = None,
     method: Annotated[str | None, option(panel="Method", help="linear, mean or gaussian.")] = None,
@@ -442,7 +442,7 @@ def _show_preset(preset: Preset, count: int, seed: int) -> None:
 
     say(f"[bold]{preset.name}[/] ({preset.kind})  {escape(preset.description)}")
     for architecture, advice in preset.recommended.items():
-        sites = "all normalisation layers" if advice.sites is None else advice.sites
+        sites = "as by default" if advice.sites is None else advice.sites
         say(f"[dim]{architecture}:[/] strength {advice.strength:g}, support {advice.support}, sites {sites}")
     count = min(count, len(preset.subjects))
     table = plain_table(f"{count} of its {len(preset.subjects)} prompts", "source", "target")

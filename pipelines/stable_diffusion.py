@@ -37,7 +37,7 @@ class StableDiffusionACTPipeline(ACTMixin, StableDiffusionPipeline):
         sites: str | Sequence[str] | None = None,
         method: str = "linear",
         timesteps: int | Sequence[float] = 4,
-        window: tuple[float, float] = (0.0, 0.4),
+        window: tuple[float, float] = (0.0, 0.6),
         latents: str = "target",
         num_inference_steps: int = 20,
         guidance_scale: float | None = None,
@@ -57,8 +57,8 @@ class StableDiffusionACTPipeline(ACTMixin, StableDiffusionPipeline):
         Args:
             source_prompts, target_prompts: what the model does now, and what it should do. The numbers may differ.
             name: name of the map, under which it is loaded and active; with None it is only returned.
-            sites: component names ("unet", "text_encoder"), suffixes, or a full-match regular expression; None takes all
-                normalisation layers of both.
+            sites: component names, which stand for their normalisation layers ("unet", ["text_encoder", "unet"]), suffixes of
+                module names, or a full-match regular expression. None is "unet", which measured best.
             method: "linear", "mean" or "gaussian".
             timesteps: how many timesteps to record, spread over the window, or their fractions of the run: 0 is pure noise. With
                 [0.0] and window (0.0, 1.0), as in the paper, no sampling is needed.
@@ -94,7 +94,7 @@ class StableDiffusionACTPipeline(ACTMixin, StableDiffusionPipeline):
             raise ValueError(f"an act map named {name!r} is already loaded; delete it first or choose another name")
         fractions = _fractions(timesteps, window)
         components = {"text_encoder": self.text_encoder, "unet": self.unet}
-        names = find_sites(components, sites)
+        names = find_sites(components, "unet" if sites is None else sites)
         if not any(site.startswith("unet.") for site in names):
             fractions = ()  # the U-Net need not run at all
         run_of = {side: side if latents == "own" else latents for side in prompts}

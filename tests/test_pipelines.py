@@ -26,7 +26,8 @@ def pipe():
     return pipe
 
 
-def fit(pipe, name="ink", **options):
+def fit(pipe, name="ink", sites=("text_encoder", "unet"), **options):
+    options["sites"] = sites
     return pipe.fit_act_map(SOURCE, TARGET, name=name, num_inference_steps=4, progress=False, **options)
 
 
