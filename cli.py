@@ -480,9 +480,8 @@ def _load_pipeline(model: str, device: str | None, dtype: str | None = None) -> 
             for library in (diffusers, transformers):
                 library.utils.logging.disable_progress_bar()
             pipe = load_pipeline(place)
-            pipe.register_to_config(_name_or_path=DEMO)  # what maps name as their model
         else:
-            pipe = _act_class(model).from_pretrained(model, torch_dtype=precision).to(place)
+            pipe = _act_class(model).from_pretrained(model, dtype=precision).to(place)
     pipe.set_progress_bar_config(leave=False)
     return pipe
 

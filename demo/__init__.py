@@ -32,6 +32,7 @@ def load_pipeline(device: str = "cpu") -> StableDiffusionACTPipeline:
     pipeline = StableDiffusionACTPipeline.from_pretrained(WEIGHTS)
     for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         module.float()
+    pipeline.register_to_config(_name_or_path="demo")  # what maps name as their model, in place of a path
     return pipeline.to(device)
 
 
