@@ -48,32 +48,31 @@ ABLATION: dict[str, dict[str, Any]] = {
     "defaults": {},
     "method mean": {"method": "mean"},
     "method gaussian": {"method": "gaussian"},
-    "sites U-Net": {"sites": "unet"},
     "sites text encoder": {"sites": "text_encoder"},
+    "sites text encoder, U-Net": {"sites": ["text_encoder", "unet"]},
     "pooling mean": {"pooling": "mean"},
+    "pooling mean, method mean": {"pooling": "mean", "method": "mean"},
+    "window 0 to .3": {"window": (0.0, 0.3)},
+    "window 0 to 1": {"window": (0.0, 1.0)},
     "timesteps 1 (pure noise)": {"timesteps": [0.0]},
-    "timesteps 6": {"timesteps": 6},
-    "latents of the source": {"latents": "source"},
-    "latents of the target": {"latents": "target"},
+    "timesteps 8": {"timesteps": 8},
+    "latents own": {"latents": "own"},
+    "latents source": {"latents": "source"},
     "rows both": {"rows": "both"},
     "spatial shift": {"spatial": "shift"},
     "transport target": {"transport_target": True},
     "not causal": {"causal": False},
     "support observed": {"support": "observed"},
-    "pooling mean, U-Net": {"pooling": "mean", "sites": "unet"},
-    "mean, pooling mean, U-Net": {"method": "mean", "pooling": "mean", "sites": "unet"},
-    "mean, U-Net": {"method": "mean", "sites": "unet"},
-    "mean, text encoder": {"method": "mean", "sites": "text_encoder"},
     "as published": {
         "pooling": "mean",
-        "sites": "unet",
         "timesteps": [0.0],
+        "window": (0.0, 1.0),
         "spatial": "shift",
         "transport_target": True,
     },
 }
-ABLATION_STYLES = ("blueprint", "pixel art", "glossy 3d")
-ABLATION_STRENGTHS = (0.5, 1.0)
+ABLATION_STYLES = ("pop art", "pencil sketch", "black and white icon")
+ABLATION_STRENGTHS = (0.5, 0.75, 1.0)
 
 # Colours are fitted on shapes and judged on things.
 SHAPES = ("circle", "square", "heart", "triangle pointed up", "book", "small diamond")
