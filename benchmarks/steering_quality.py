@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -125,7 +126,7 @@ class Bench:
         self.rows: dict[str, Any] = json.loads(results.read_text()) if results and results.exists() else {}
         self._subjects = subjects
         self._drawn: dict[str, Any] = {}
-        self.console = Console()
+        self.console = Console(width=160)
 
     def subjects(self, fitted: tuple[str, ...]) -> list[str]:
         """Subjects that the model knows and the map was not fitted on."""
@@ -180,7 +181,10 @@ class Bench:
 
 
 def styles(bench: Bench, wanted: list[str]) -> None:
-    table = _table("Styles, default settings", "style", STRENGTHS, "in prompt", "share/prompt", "content", "Spearman")
+    table = _table(
+        "Styles, default settings", "style", STRENGTHS, "prompt", "1/prompt", "content", "recognised", "Spearman"
+    )
+    measured: list[dict[str, Any]] = []
     for style in wanted:
         preset = load_preset(f"demo-{style.replace(' ', '-')}")
         subjects = bench.subjects(preset.subjects)
@@ -192,34 +196,53 @@ def styles(bench: Bench, wanted: list[str]) -> None:
             preset: Any = preset, subjects: list[str] = subjects, style: str = style, judge: Any = judge
         ) -> dict:
             prompted = judge(bench.drawn([f"{subject}, {style}" for subject in subjects]))
-            steered = bench.steered(preset.prompts(count=FIT_PROMPTS), subjects, judge, STRENGTHS, {})
-            return {"prompt": as_row(prompted), **steered}
+            row = bench.steered(preset.prompts(count=FIT_PROMPTS), subjects, judge, STRENGTHS, {})
+            row["by_strength"]["prompt"] = as_row(prompted)
+            return row
 
-        row = bench.row(f"styles / {style}", measure)
-        by, prompt = row["by_strength"], row["prompt"]
-        unsteered = by["0.0"]
-        inside = [s for s in STRENGTHS if s <= 1]
-        table.add_row(
-            style,
-            *[_percent(by[str(s)]["share"]) for s in STRENGTHS],
-            _percent(prompt["share"]),
-            _percent(by["1.0"]["share"] / max(prompt["share"], 1e-9)),
-            " / ".join(_percent(score["content"] / unsteered["content"]) for score in (by["0.5"], by["1.0"], prompt)),
-            f"{monotonicity(inside, [by[str(s)]['probability'] for s in inside]):.2f}",
-        )
+        measured.append(bench.row(f"styles / {style}", measure))
+        _style_row(table, style, [measured[-1]])
+    table.add_section()
+    _style_row(table, "mean", measured)
     bench.console.print(table)
     bench.console.print(
-        "content: similarity to the subject relative to unsteered, at strength .5 / 1 / style in the prompt"
+        "prompt: style in the prompt, no map; 1/prompt: share at strength 1 over the share that the prompt reaches"
+    )
+    bench.console.print(
+        "content: similarity to the subject relative to unsteered, at strength .5 / .75 / 1 / style in the prompt"
+    )
+    bench.console.print(
+        "recognised: subject among the five most similar of all, unsteered / strength .75 / 1 / style in the prompt"
+    )
+    bench.console.print("Spearman: rank correlation of strength (0 to 1) and mean probability of the style")
+
+
+def _style_row(table: Table, label: str, rows: list[dict[str, Any]]) -> None:
+    """Add a row of means over `rows`."""
+
+    def mean(key: str, strength: str) -> float:
+        return fmean(row["by_strength"][strength][key] for row in rows)
+
+    prompt = mean("share", "prompt")
+    inside = [s for s in STRENGTHS if s <= 1]
+    order = [monotonicity(inside, [row["by_strength"][str(s)]["probability"] for s in inside]) for row in rows]
+    table.add_row(
+        label,
+        *[_percent(mean("share", str(s))) for s in STRENGTHS],
+        _percent(prompt),
+        _percent(mean("share", "1.0") / max(prompt, 1e-9)),
+        " / ".join(_percent(mean("content", s) / mean("content", "0.0")) for s in ("0.5", "0.75", "1.0", "prompt")),
+        " / ".join(_percent(mean("recognised", s)) for s in ("0.0", "0.75", "1.0", "prompt")),
+        f"{fmean(order):.2f}",
     )
 
 
 def ablation(bench: Bench, wanted: list[str]) -> None:
-    heads = [f"{style}\n{'/'.join(f'{s:g}' for s in ABLATION_STRENGTHS)} (content)" for style in wanted]
     table = Table(
-        title="One change at a time: style share at each strength, and content relative to unsteered at the last"
+        title="One change at a time, each at its best strength: style share · content relative to unsteered @ strength"
     )
-    for head in ("setting", *heads, "mean share", "mean content"):
-        table.add_column(head)
+    for head in ("setting", *wanted, "mean share", "mean content", "score"):
+        table.add_column(head, justify="left" if head == "setting" else "right")
     baselines = {}
     for style in wanted:
         preset = load_preset(f"demo-{style.replace(' ', '-')}")
@@ -231,8 +254,8 @@ def ablation(bench: Bench, wanted: list[str]) -> None:
             return {"0.0": as_row(plain), "prompt": as_row(score_style(bench.judges, styled, subjects, style))}
 
         baselines[style] = bench.row(f"baseline / {style}", base)
-    for label, key in (("unsteered", "0.0"), ("style in the prompt", "prompt")):
-        _ablation_row(table, label, {style: {key: baselines[style][key]} for style in wanted}, baselines)
+    for label in ("0.0", "prompt"):
+        _ablation_row(table, label, {style: {label: baselines[style][label]} for style in wanted}, baselines)
     for setting, options in ABLATION.items():
         rows = {}
         for style in wanted:
@@ -256,14 +279,24 @@ def ablation(bench: Bench, wanted: list[str]) -> None:
 
 
 def _ablation_row(table: Table, label: str, rows: dict[str, dict], baselines: dict[str, dict]) -> None:
-    cells, shares, contents = [], [], []
+    """Add a setting, at the strength with the best score per style: the harmonic mean of share and content, each at most 1."""
+    cells, best = [], []
     for style, by_strength in rows.items():
-        last = list(by_strength.values())[-1]
-        content = last["content"] / baselines[style]["0.0"]["content"]
-        shares.append(max(score["share"] for score in by_strength.values()))
-        contents.append(content)
-        cells.append(" / ".join(_percent(s["share"]) for s in by_strength.values()) + f" ({_percent(content)})")
-    table.add_row(label, *cells, _percent(sum(shares) / len(shares)), _percent(sum(contents) / len(contents)))
+        unsteered = baselines[style]["0.0"]["content"]
+        rated = {s: (scores["share"], scores["content"] / unsteered) for s, scores in by_strength.items()}
+        strength = max(rated, key=lambda s, rated=rated: _score(*rated[s]))
+        best.append(rated[strength])
+        at = f" @ {float(strength):g}" if len(rated) > 1 else ""
+        cells.append(f"{_percent(rated[strength][0])} · {_percent(rated[strength][1])}{at}")
+    shares, contents = zip(*best, strict=True)
+    score = fmean(_score(*pair) for pair in best)
+    name = {"0.0": "unsteered", "prompt": "style in the prompt"}.get(label, label)
+    table.add_row(name, *cells, _percent(fmean(shares)), _percent(fmean(contents)), f"{score:.2f}")
+
+
+def _score(share: float, content: float) -> float:
+    share, content = min(share, 1.0), min(max(content, 0.0), 1.0)
+    return 2 * share * content / (share + content) if share and content else 0.0
 
 
 def negation(bench: Bench) -> None:
