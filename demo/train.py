@@ -325,7 +325,7 @@ def denoiser_run(
         rows = torch.randint(len(records), (batch,), generator=generator)
         tokens = parts.tokenize(tokenizer, [data.sample_caption(records[row], rng) for row in rows.tolist()])
         # Stratified, which makes the loss less noisy, and denser where there is more noise: measured by the loss with a wrong
-        # caption, the words for the subject matter ten times as much above timestep 500 as below 350.
+        # caption, the words for the subject matter several times as much above timestep 500 as below 350.
         offsets = ((torch.arange(batch) + torch.rand(batch, generator=generator)) / batch).sqrt()
         timesteps = (offsets * len(alphas)).long()[torch.randperm(batch, generator=generator)]
         clean = latents[rows]
