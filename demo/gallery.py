@@ -64,7 +64,8 @@ def main() -> None:
     arguments = parser.parse_args()
     pipeline = load_pipeline()
     pipeline.set_progress_bar_config(disable=True)
-    gallery(pipeline, steps=arguments.steps, guidance=arguments.guidance, seed=arguments.seed).save(arguments.out)
+    sheet = gallery(pipeline, steps=arguments.steps, guidance=arguments.guidance, seed=arguments.seed)
+    sheet.quantize(256).save(arguments.out, optimize=True)
 
 
 if __name__ == "__main__":
