@@ -32,8 +32,15 @@ DEMO_SAMPLING: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 4.
 # What the demo draws. The maps are fitted on none of these; the lion, the melon and most faces were held out of the
 # model's training too.
 DEMO_SUBJECTS = {
-    "style": ("grinning face", "full moon", "tangerine", "lion", "santa claus", "house with garden"),
-    "negation": ("smiling face", "slightly smiling face", "worried face", "pouting cat", "lion", "melon"),
+    "style": (
+        "smiling face with a hat",
+        "winking face with sunglasses",
+        "grinning face with a crown",
+        "cat with sunglasses",
+        "monkey with a crown",
+        "blue square",
+    ),
+    "negation": ("smiling face", "slightly smiling face", "winking face", "pouting cat", "worried face", "melon"),
 }
 
 app = typer.Typer(
@@ -120,7 +127,7 @@ def _root(
 )
 def demo(
     output: Annotated[Path, option("--output", "-o", help="Folder for maps and pictures.")] = Path("actmaps-demo"),
-    style: Annotated[str, option(help="Style preset to bring in; 'actmaps presets' lists them.")] = "demo-neon-sign",
+    style: Annotated[str, option(help="Style preset to bring in; 'actmaps presets' lists them.")] = "demo-pop-art",
     negation: Annotated[str, option(help="Negation preset: what to take away.")] = "demo-no-hat",
     subject: Annotated[list[str] | None, option(help="What to draw; repeat it for more rows.")] = None,
     count: Annotated[int, option(help="Prompts per side to fit on.")] = 32,

@@ -75,6 +75,9 @@ ABLATION: dict[str, dict[str, Any]] = {
 ABLATION_STYLES = ("pop art", "pencil sketch", "black and white icon")
 ABLATION_STRENGTHS = (0.5, 0.75, 1.0)
 
+# What the negation presets recommend: the words are removed where they are read, and what is left where it is drawn.
+NEGATION = {"sites": ["text_encoder", "unet"]}
+
 # Colours are fitted on shapes and judged on things.
 SHAPES = ("circle", "square", "heart", "triangle pointed up", "book", "small diamond")
 THINGS = (
@@ -300,7 +303,7 @@ def _score(share: float, content: float) -> float:
 
 
 def negation(bench: Bench) -> None:
-    strengths = STRENGTHS[:5]
+    strengths = STRENGTHS
     table = _table(
         "Negation: share of pictures that show the concept", "concept", strengths, "neg. prompt", "unasked", "content"
     )
@@ -316,7 +319,7 @@ def negation(bench: Bench) -> None:
             return {
                 "negative prompt": as_row(judge(bench.drawn(asked, negative_prompt=case.negative))),
                 "unasked": as_row(judge(bench.drawn(subjects))),
-                **bench.steered(([case.phrase.format(s) for s in plain], plain), asked, judge, strengths, {}),
+                **bench.steered(([case.phrase.format(s) for s in plain], plain), asked, judge, strengths, NEGATION),
             }
 
         row = bench.row(f"negation / {word}", measure)
