@@ -314,7 +314,7 @@ def main() -> None:
     if options.peak:
         print(json.dumps(peak(options.peak, options.batch_size)))
         return
-    console = Console()
+    console = Console(width=120)
     about = machine()
     console.print(" · ".join(f"{key} {value}" for key, value in about.items()))
     costs, peaks = [], []
