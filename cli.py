@@ -29,18 +29,18 @@ if TYPE_CHECKING:
 
 DEMO = "demo"
 DEMO_SAMPLING: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 4.0}
-# What the demo draws. The maps are fitted on none of these; the lion, the melon and most faces were held out of the
-# model's training too.
+# What the demo draws: subjects that the small model draws recognisably. No map is fitted on them; most faces and the
+# melon were held out of the model's training too.
 DEMO_SUBJECTS = {
     "style": (
         "smiling face with a hat",
-        "winking face with sunglasses",
+        "slightly smiling face with sunglasses",
         "grinning face with a crown",
         "cat with sunglasses",
         "monkey with a crown",
         "blue square",
     ),
-    "negation": ("smiling face", "slightly smiling face", "winking face", "pouting cat", "worried face", "melon"),
+    "negation": ("smiling face", "slightly smiling face", "enraged face", "pouting cat", "worried face", "melon"),
 }
 
 app = typer.Typer(
