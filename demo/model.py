@@ -172,6 +172,7 @@ def save_weights(folder: Path, tokenizer: CLIPTokenizer, denoiser: Denoiser, vae
     try:
         for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
             module.half()
+        pipeline.vae.register_to_config(_name_or_path="")  # not the folder that it was trained in
         pipeline.save_pretrained(scratch / "new", safe_serialization=True)
         if folder.exists():
             os.rename(folder, scratch / "old")
