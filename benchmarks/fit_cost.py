@@ -34,7 +34,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from actmaps.maps import ESTIMATORS, ActMap, AffineMap, find_sites, fit_map, steer
 from actmaps.maps.pooling import samples
-from actmaps.maps.sites import channel_dim, resolve
+from actmaps.maps.sites import resolve
 
 TARGET_RATIO = 1.15
 POSITIONS = 64
@@ -132,18 +132,18 @@ class _Reached(Exception):  # noqa: N818 (it is no error)
 @torch.no_grad()
 def pass_for_one_site(model: nn.Module, batches: Batches, before: ActMap | None, site: str, method: str) -> AffineMap:
     """The naive way: run all prompts up to `site`, the maps of the sites before it applied to the source."""
-    module = resolve({site.split(".")[0]: model}, [site], "the benchmark")[site]
+    place = resolve({site.split(".")[0]: model}, [site], "the benchmark")[site]
     found: dict[str, list[Tensor]] = {"source": [], "target": []}
     side = "source"
 
     def record(_module: nn.Module, _args: Any, x: Tensor) -> None:
-        dim = channel_dim(module, x)
+        dim = place.channel_dim(x)
         found[side].append(samples(x, channel_dim=dim, pooling="none", positions=POSITIONS, site=site))
         raise _Reached
 
     for side in found:
         steering = steer(model, before) if before is not None and side == "source" else None
-        handle = module.register_forward_hook(record)
+        handle = place.module.register_forward_hook(record)
         try:
             for batch in batches[side]:
                 try:

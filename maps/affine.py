@@ -9,8 +9,13 @@ from torch import Tensor
 
 
 def _along(values: Tensor, x: Tensor, channel_dim: int) -> Tensor:
-    """View `values` (C,) so that it broadcasts along `channel_dim` of `x`."""
-    return values.view([-1 if d == channel_dim % x.ndim else 1 for d in range(x.ndim)])
+    """View `values` (C,) or (rows, C) so that it broadcasts along `channel_dim` (and dim 0) of `x`."""
+    shape = [1] * x.ndim
+    shape[channel_dim] = values.shape[-1]
+    if values.ndim == 2:
+        values = values.repeat_interleave(x.shape[0] // len(values), 0)
+        shape[0] = x.shape[0]
+    return values.view(shape)
 
 
 def transport(
@@ -27,7 +32,8 @@ def transport(
 
     Args:
         x: activations of any shape with C entries along `channel_dim`.
-        scale, shift: float32 tensors (C,), strength already folded in.
+        scale, shift: float32 tensors (C,), or (rows, C) with a map for every row of the batch, strength already folded in.
+            Fewer rows than `x` has stand for equally large groups, such as the heads of an attention layer.
         lower, upper: bounds (C,) of the support; entries outside stay as they are.
         channel_dim: axis of `x` that counts units.
         spatial: "affine" moves every position by the map; "shift" moves all positions (dims 2 and up, NCHW) by the
@@ -154,3 +160,8 @@ class AffineMap:
             else (self.lower.to(device), self.upper.to(device))
         )
         return AffineMap(self.scale.to(device), self.shift.to(device), *bounds)
+
+    def clone(self) -> AffineMap:
+        """The same map with storage of its own."""
+        bounds = (None, None) if self.lower is None or self.upper is None else (self.lower.clone(), self.upper.clone())
+        return AffineMap(self.scale.clone(), self.shift.clone(), *bounds)

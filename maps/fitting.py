@@ -34,8 +34,9 @@ from .estimators import ESTIMATORS, check_support, support_bounds, transport_cos
 from .hooks import attach
 from .memory import available_memory
 from .offload import Offload
+from .places import Place, Steerable, as_components, class_names, evaluating, is_places, roots
 from .pooling import POOLINGS, samples
-from .sites import Components, as_components, channel_dim, evaluating, find_sites, read_output, replace_output, resolve
+from .sites import find_sites, read_activations, resolve
 
 Batch = Any
 Forward = Callable[[Batch], Any]
@@ -44,7 +45,7 @@ SPATIAL_RULES = ("affine", "shift")
 
 
 def fit_map(
-    model: nn.Module | Components,
+    model: Steerable,
     source: Sequence[Batch],
     target: Sequence[Batch],
     *,
@@ -67,7 +68,7 @@ def fit_map(
     """Fit one affine transport map per unit and site, in one forward pass per prompt.
 
     Args:
-        model: a module, or {component name: module} for a pipeline of several.
+        model: a module, {component name: module} for a pipeline of several, or {site name: `Place`}.
         source, target: micro-batches of the two prompt sets, what the model does now and what it should do. Unpaired; the
             numbers may differ. An `attention_mask` (B, T) in a mapping keeps padding out of the samples.
         sites: see `find_sites`; None takes all normalisation layers.
@@ -95,19 +96,18 @@ def fit_map(
         MemoryError: when the waiting micro-batches would exhaust the memory; says what to lower.
     """
     _check_modes(method, pooling, positions, support, spatial)
-    components = as_components(model)
-    names = find_sites(components, sites)
-    modules = resolve(components, names, "the list of sites")
+    places = resolve(model, find_sites(model, sites), "the list of sites")
     sides = {
         "source": _micro_batches(source, batch_size, "source"),
         "target": _micro_batches(target, batch_size, "target"),
     }
     if forward is None:
-        forward = _default_forward(components)
-    device = next((p.device for module in components.values() for p in module.parameters()), torch.device("cpu"))
+        forward = _default_forward(model)
+    weights = [t for module in roots(model) for t in (*module.parameters(), *module.buffers())]
+    device = weights[0].device if weights else torch.device("cpu")
 
-    def sample(x: Tensor, module: nn.Module, site: str, mask: Tensor | None) -> Tensor:
-        dim = channel_dim(module, x)
+    def sample(x: Tensor, place: Place, site: str, mask: Tensor | None) -> Tensor:
+        dim = place.channel_dim(x)
         return samples(x, channel_dim=dim, pooling=pooling, positions=positions, seed=seed, site=site, mask=mask)
 
     fit = _Fit(
@@ -118,24 +118,25 @@ def fit_map(
         moved_sides=() if not causal else ("source", "target") if transport_target else ("source",),
         memory=_MemoryGuard(device, memory_reserve),
     )
-    weights = [t for module in components.values() for t in (*module.parameters(), *module.buffers())]
-    bar = tqdm(total=len(names), disable=not progress, desc="Fitting sites", unit="site")
-    with evaluating(components), torch.no_grad(), bar:
+    bar = tqdm(total=len(places), disable=not progress, desc="Fitting sites", unit="site")
+    with evaluating(roots(model)), torch.no_grad(), bar:
         micro_batches = [
             _MicroBatch(forward, batch, side, Offload(weights) if offload else None)
             for side, batches in sides.items()
             for batch in batches
         ]
-        fit.run(modules, micro_batches, bar)
-    unreached = [site for site in names if site not in fit.maps]
+        fit.run(places, micro_batches, bar)
+    unreached = [site for site in places if site not in fit.maps]
     if unreached and (sites is not None or not fit.maps):
         raise ValueError(
-            f"{len(unreached)} of {len(names)} sites were never reached by the forward, for example {unreached[0]}; "
+            f"{len(unreached)} of {len(places)} sites were never reached by the forward, for example {unreached[0]}; "
             "leave them out of `sites`, or let the forward run their component"
         )
     metadata = metadata or ActMapMetadata()
+    with torch.inference_mode(False):  # a map fitted within inference mode may be used outside of it
+        maps = {site: fitted.to("cpu").clone() for site, fitted in fit.maps.items()}
     return ActMap(
-        {site: fitted.to("cpu") for site, fitted in fit.maps.items()},
+        maps,
         replace(
             metadata,
             created=metadata.created or datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -147,7 +148,7 @@ def fit_map(
             causal=causal,
             transport_target=transport_target,
             seed=seed,
-            architecture={name: type(module).__name__ for name, module in components.items()},
+            architecture=metadata.architecture or class_names(model),
             n_source=metadata.n_source or sum(map(_prompt_count, source)),
             n_target=metadata.n_target or sum(map(_prompt_count, target)),
             costs=fit.costs,
@@ -235,7 +236,7 @@ class _Modes:
 class _Fit:
     """State of one fit. `moved_sides` are those whose activations the fitted maps move on the way."""
 
-    sample: Callable[[Tensor, nn.Module, str, Tensor | None], Tensor]
+    sample: Callable[[Tensor, Place, str, Tensor | None], Tensor]
     estimator: Callable[[Tensor, Tensor], AffineMap]
     support: str | tuple[float, float]
     spatial: str
@@ -244,25 +245,25 @@ class _Fit:
     maps: dict[str, AffineMap] = field(default_factory=dict)
     costs: dict[str, tuple[float, float]] = field(default_factory=dict)
 
-    def run(self, modules: Mapping[str, nn.Module], waiting: list[_MicroBatch], bar: tqdm) -> None:
+    def run(self, places: Mapping[str, Place], waiting: list[_MicroBatch], bar: tqdm) -> None:
         """Move all micro-batches from site to site, in step, until every site is fitted or the forwards end."""
         with ExitStack() as undo:  # runs all of these, even if one of them raises
             for micro_batch in waiting:
                 undo.callback(micro_batch.end)
-            for site, module in modules.items():
-                undo.callback(attach(module, partial(self._at_site, site)))
-            while len(self.maps) < len(modules) and (arrived := self._advance(waiting)):
+            for site, place in places.items():
+                undo.callback(attach(place.module, partial(self._at_site, site, place)))
+            while len(self.maps) < len(places) and (arrived := self._advance(waiting)):
                 self._fit_site(arrived, *(self._collect(waiting, side) for side in ("source", "target")))
                 bar.update()
 
-    def _at_site(self, site: str, module: nn.Module, output: Any) -> Any:
+    def _at_site(self, site: str, place: Place, _module: nn.Module, output: Any) -> Any:
         """The hook on every site: hand samples over and wait for the map at the first visit, apply it at every visit."""
         micro_batch = getcurrent()
         if not isinstance(micro_batch, _MicroBatch):
             return output
-        x = read_output(module, output, site)
+        x = read_activations(place, output, site)
         if site not in self.maps:
-            micro_batch.pooled = self.sample(x, module, site, micro_batch.mask)
+            micro_batch.pooled = self.sample(x, place, site, micro_batch.mask)
             micro_batch.wait(site)
         if micro_batch.side not in self.moved_sides:
             return output
@@ -273,10 +274,10 @@ class _Fit:
             fitted.shift,
             fitted.lower,
             fitted.upper,
-            channel_dim=channel_dim(module, x),
+            channel_dim=place.channel_dim(x),
             spatial=self.spatial,
         )
-        return replace_output(module, output, site, moved)
+        return place.write(output, moved)
 
     def _advance(self, micro_batches: list[_MicroBatch]) -> str | None:
         """Run every micro-batch to its next site and name it; None means that all forwards have ended.
@@ -410,10 +411,11 @@ def _rows(batch: Batch, start: int, stop: int) -> Batch:
     return batch[start:stop] if _has_rows(batch) else batch
 
 
-def _default_forward(components: Components) -> Forward:
+def _default_forward(model: Steerable) -> Forward:
+    components = {} if is_places(model) else as_components(model)
     if len(components) != 1:
         raise ValueError(
-            f"with several components ({', '.join(components)}) give `forward`, which runs them on a micro-batch"
+            f"with several components ({', '.join(components) or 'places only'}) give `forward`, which runs them on a micro-batch"
         )
     (model,) = components.values()
     return lambda batch: model(**batch) if isinstance(batch, Mapping) else model(batch)

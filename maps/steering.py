@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from .act_map import ActMap
-from .affine import transport
+from .affine import AffineMap, transport
 from .hooks import attach
-from .sites import Components, as_components, channel_dim, read_output, replace_output, resolve, unit_count
+from .places import Place, Steerable
+from .sites import read_activations, resolve
 
 
 def steer(
-    model: nn.Module | Components,
+    model: Steerable,
     act_map: ActMap | Mapping[ActMap, float],
     strength: float = 1.0,
     *,
@@ -28,7 +29,7 @@ def steer(
     """Steer `model` with a map, or with several one after the other, until `remove()` or the end of the `with` block.
 
     Args:
-        model: a module, or {component name: module}.
+        model: a module, {component name: module}, or {site name: `Place`}.
         act_map: a map, or {map: strength}; several apply at a site in the given order, and after those of earlier calls.
         strength: 0 leaves the model bit for bit as it is, 1 is the full transport; beyond [0, 1] extrapolates. With several
             maps it multiplies their strengths.
@@ -47,25 +48,26 @@ def steer(
         ...     steering.strength = 1.0
         ...     unet(**inputs)
     """
-    components = as_components(model)
     strengths = {act_map: 1.0} if isinstance(act_map, ActMap) else dict(act_map)
     if not strengths:
         raise ValueError("no act map to steer with")
-    arms = {armed: _Arm(armed, components) for armed in strengths}
+    arms = {armed: ArmedMap(armed, model) for armed in strengths}
     return Steering(arms, {armed: strength * own for armed, own in strengths.items()}, rows)
 
 
 class Steering:
     """Maps armed on a model. Leaving the `with` block or `remove()` restores the model; both may be repeated."""
 
-    def __init__(self, arms: Mapping[ActMap, _Arm], strengths: Mapping[ActMap, float], rows: Tensor | None) -> None:
+    def __init__(
+        self, arms: Mapping[ActMap, ArmedMap], strengths: Mapping[ActMap, float], rows: Tensor | None
+    ) -> None:
         self._arms = dict(arms)
         self._detach = []
         self.rows = rows
         self.strength = strengths
         for arm in self._arms.values():
             for site in arm.sites:
-                self._detach.append(attach(site.module, partial(self._at_site, arm, site)))
+                self._detach.append(attach(site.place.module, partial(self._at_site, arm, site)))
 
     @property
     def strength(self) -> float | dict[ActMap, float]:
@@ -79,16 +81,22 @@ class Steering:
         for act_map, value in strengths.items():
             if act_map not in self._arms:
                 raise ValueError(f"act map {act_map.metadata.name!r} is not armed here")
-            self._arms[act_map].set_strength(float(value))
+            self._arms[act_map].strength = float(value)
 
-    def _at_site(self, arm: _Arm, site: _Site, module: nn.Module, output: Any) -> Any:
-        if arm.strength == 0:
-            return output
-        x = read_output(module, output, site.name)
-        moved = arm.move(site, module, x)
-        if self.rows is not None:
-            moved = _by_row(x, moved, self.rows, site.name)
-        return replace_output(module, output, site.name, moved)
+    @property
+    def rows(self) -> Tensor | None:
+        """Factors (B,) on the strength of each batch row; None steers all rows alike."""
+        return self._rows
+
+    @rows.setter
+    def rows(self, rows: Tensor | None) -> None:
+        self._rows = rows
+        for arm in self._arms.values():
+            arm.rows = rows
+
+    @staticmethod
+    def _at_site(arm: ArmedMap, site: ArmedSite, _module: nn.Module, output: Any) -> Any:
+        return output if arm.strength == 0 else arm.move(site, output)
 
     def remove(self) -> None:
         """Take the maps off the model."""
@@ -105,58 +113,106 @@ class Steering:
 
 
 @dataclass(frozen=True)
-class _Site:
-    """One armed site, and its place in the flat buffer of the map."""
+class ArmedSite:
+    """One site of an armed map, and its place in the flat buffers of the map."""
 
     name: str
-    module: nn.Module
-    start: int
-    stop: int
+    place: Place
+    units: slice
+    bounded: bool
 
 
-class _Arm:
-    """One map on one model at a strength that can change.
+class ArmedMap:
+    """One map on one model, at a strength that can change. It knows what to do at each site; who calls it there is another matter.
 
     Scale and shift of all sites lie in one flat buffer, so that a new strength is one operation however many sites there
     are. Masters stay float32 on the CPU; copies, scale and shift at the current strength, are kept per device.
+
+    Args:
+        act_map: the map.
+        model: a module, {component name: module}, or {site name: `Place`}.
+
+    Raises:
+        ValueError: if the model lacks sites of the map or has other unit counts.
     """
 
-    def __init__(self, act_map: ActMap, components: Components) -> None:
+    def __init__(self, act_map: ActMap, model: Steerable) -> None:
         self.name, self.spatial = act_map.metadata.name, act_map.metadata.spatial
-        modules = resolve(components, list(act_map), f"act map {self.name!r}")
-        self.sites = []
+        found = resolve(model, list(act_map), f"act map {self.name!r}")
+        self.sites: list[ArmedSite] = []
         start = 0
         for site, affine in act_map.items():
-            self._check_units(site, affine.channels, unit_count(modules[site]), modules[site])
-            stop = start + affine.channels
-            self.sites.append(_Site(site, modules[site], start, stop))
-            start = stop
-        parts = [torch.cat([getattr(affine, name) for affine in act_map.values()]) for name in ("scale", "shift")]
-        self._full = torch.stack(parts).cpu()
-        self._identity = torch.tensor([[1.0], [0.0]]).expand_as(self._full)
-        self._bounds = {site: (affine.lower, affine.upper) for site, affine in act_map.items()}
+            self._check_units(site, affine.channels, found[site].unit_count, found[site].module)
+            units = slice(start, start + affine.channels)
+            self.sites.append(ArmedSite(site, found[site], units, affine.lower is not None))
+            start = units.stop
+        self._full = _flat(act_map, "scale", "shift")
+        self._bounds = _flat(act_map, "lower", "upper")
+        # A shift of minus zero leaves every number as it is, minus zero included.
+        self._identity = torch.tensor([[1.0], [-0.0]]).expand_as(self._full)
+        self._strength, self._rows = 0.0, None
+        # By device: scale and shift (2, units), or (2, rows, units) with row factors; and lower and upper (2, units).
         self._moves: dict[torch.device, Tensor] = {}
-        self._supports: dict[tuple[torch.device, str], tuple[Tensor | None, Tensor | None]] = {}
-        self.strength = 0.0
+        self._supports: dict[torch.device, Tensor] = {}
 
-    def set_strength(self, strength: float) -> None:
+    @property
+    def strength(self) -> float:
+        """Strength of the map; not finite ones raise ValueError."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, strength: float) -> None:
         if not isfinite(strength):
             raise ValueError(f"the strength of act map {self.name!r} must be finite, got {strength}")
-        if strength != self.strength:
-            self.strength = strength
+        if strength != self._strength:
+            self._strength = strength
             self._moves.clear()
 
-    def move(self, site: _Site, module: nn.Module, x: Tensor) -> Tensor:
-        dim = channel_dim(module, x)
-        self._check_units(site.name, site.stop - site.start, x.shape[dim], module)
+    @property
+    def rows(self) -> Tensor | None:
+        """Factors (rows,) on the strength of each batch row; None steers all rows alike."""
+        return self._rows
+
+    @rows.setter
+    def rows(self, rows: Tensor | None) -> None:
+        if rows is self._rows or (rows is not None and self._rows is not None and torch.equal(rows, self._rows)):
+            return
+        self._rows = rows
+        self._moves.clear()
+
+    def load(self, device: torch.device) -> None:
+        """Put the map at its present strength on `device`, unless it is there."""
+        if device in self._moves:
+            return
+        identity, full = self._identity, self._full
+        if self._rows is None:
+            moves = torch.lerp(identity, full, self._strength)
+        else:
+            factors = (self._strength * self._rows.to("cpu", torch.float32))[:, None]
+            moves = torch.lerp(identity[:, None], full[:, None], factors)
+            moves = torch.where(factors == 0, identity[:, None], moves)
+        self._moves[device] = moves.to(device)
+        self._supports[device] = self._bounds.to(device)
+
+    def move(self, site: ArmedSite, output: Any) -> Any:
+        """The `output` of the site's module with its activations moved.
+
+        Raises:
+            ValueError: if they are no tensor, have another number of units, or rows that the row factors do not divide.
+        """
+        x = read_activations(site.place, output, site.name)
+        dim = site.place.channel_dim(x)
+        self._check_units(site.name, site.units.stop - site.units.start, x.shape[dim], site.place.module)
         if x.device not in self._moves:
-            self._moves[x.device] = torch.lerp(self._identity, self._full, self.strength).to(x.device)
-        if (x.device, site.name) not in self._supports:
-            lower, upper = (None if bound is None else bound.to(x.device) for bound in self._bounds[site.name])
-            self._supports[x.device, site.name] = lower, upper
-        scale, shift = self._moves[x.device][:, site.start : site.stop]
-        lower, upper = self._supports[x.device, site.name]
-        return transport(x, scale, shift, lower, upper, channel_dim=dim, spatial=self.spatial)
+            self.load(x.device)
+        scale, shift = self._moves[x.device][..., site.units]
+        if scale.ndim == 2 and x.shape[0] % scale.shape[0]:
+            raise ValueError(
+                f"{site.name} has {x.shape[0]} rows, which is no multiple of the {scale.shape[0]} row strengths"
+            )
+        lower, upper = self._supports[x.device][:, site.units] if site.bounded else (None, None)
+        moved = transport(x, scale, shift, lower, upper, channel_dim=dim, spatial=self.spatial)
+        return site.place.write(output, moved)
 
     def _check_units(self, site: str, fitted: int, found: int | None, module: nn.Module) -> None:
         if found is not None and found != fitted:
@@ -166,11 +222,11 @@ class _Arm:
             )
 
 
-def _by_row(x: Tensor, moved: Tensor, rows: Tensor, site: str) -> Tensor:
-    """`moved` at the strength factor of each row: exactly `x` where it is 0, exactly `moved` where it is 1."""
-    if x.shape[0] % len(rows):
-        raise ValueError(f"{site} has {x.shape[0]} rows, which is no multiple of the {len(rows)} row strengths")
-    factor = rows.to(x.device, torch.promote_types(x.dtype, torch.float32)).repeat_interleave(x.shape[0] // len(rows))
-    factor = factor.view(-1, *[1] * (x.ndim - 1))
-    between = torch.lerp(x.to(factor.dtype), moved.to(factor.dtype), factor).to(x.dtype)
-    return torch.where(factor == 0, x, torch.where(factor == 1, moved, between))
+def _flat(act_map: ActMap, *names: str) -> Tensor:
+    """The named tensors of all sites, each end to end: (len(names), units). Zeros stand for bounds that a site lacks."""
+
+    def of_site(affine: AffineMap, name: str) -> Tensor:
+        values = getattr(affine, name)
+        return torch.zeros(affine.channels) if values is None else values.cpu()
+
+    return torch.stack([torch.cat([of_site(affine, name) for affine in act_map.values()]) for name in names])

@@ -6,8 +6,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
+import torchvision_ops
 from hypothesis import settings
 
+torchvision_ops.define_missing()
 torch.set_num_threads(1)
 settings.register_profile("actmaps", max_examples=30, deadline=None)
 settings.load_profile("actmaps")

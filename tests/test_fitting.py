@@ -12,7 +12,7 @@ import tiny_models
 from actmaps.maps import ESTIMATORS, ActMap, ActMapMetadata, AffineMap, find_sites, fit_map, steer
 from actmaps.maps.affine import transport
 from actmaps.maps.pooling import samples
-from actmaps.maps.sites import channel_dim, resolve
+from actmaps.maps.sites import resolve
 
 
 def normal(*shape, mean=0.0, std=1.0, seed=0):
@@ -52,7 +52,7 @@ def pass_per_site(
 ):
     """Maps by definition 3.2 of the paper. `sites` in execution order; `sides` maps "source" and "target" to batches."""
     component = sites[0].split(".")[0]
-    modules = resolve({component: model}, sites, "the test")
+    places = resolve({component: model}, sites, "the test")
     maps = {}
     for site in sites:
         collected = {"source": [], "target": []}
@@ -61,20 +61,19 @@ def pass_per_site(
                 handles = []
                 mask = batch.get("attention_mask") if isinstance(batch, dict) else None
 
-                def collect(module, _args, x, into=collected[side], mask=mask, site=site):
-                    dim = channel_dim(module, x)
+                def collect(_module, _args, x, into=collected[side], mask=mask, site=site):
+                    dim = places[site].channel_dim(x)
                     options = {"pooling": pooling, "positions": positions, "site": site, "mask": mask}
                     into.append(samples(x, channel_dim=dim, **options))
                     raise _Enough
 
-                def move(module, _args, x, fitted=None):
-                    return transport(x, fitted.scale, fitted.shift, channel_dim=channel_dim(module, x))
+                def move(site, x):
+                    return transport(x, maps[site].scale, maps[site].shift, channel_dim=places[site].channel_dim(x))
 
-                for done, fitted in maps.items():
-                    if causal and side in moved:
-                        hook = lambda m, a, x, fitted=fitted: move(m, a, x, fitted)  # noqa: E731
-                        handles.append(modules[done].register_forward_hook(hook))
-                handles.append(modules[site].register_forward_hook(collect))
+                for done in maps if causal and side in moved else ():
+                    hook = lambda m, a, x, done=done: move(done, x)  # noqa: E731
+                    handles.append(places[done].module.register_forward_hook(hook))
+                handles.append(places[site].module.register_forward_hook(collect))
                 try:
                     with torch.no_grad():
                         model(**batch) if isinstance(batch, dict) else model(batch)

@@ -1,28 +1,12 @@
 """Sites: names, patterns, order, channel axes, and how outputs are read and written."""
 
-from collections import namedtuple
-
 import pytest
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-from transformers.modeling_outputs import BaseModelOutput
 
 import tiny_models
 from actmaps.maps import find_sites
-from actmaps.maps.sites import (
-    as_components,
-    channel_dim,
-    evaluating,
-    is_norm,
-    match_sites,
-    read_output,
-    replace_output,
-    resolve,
-    site_modules,
-    unit_count,
-)
+from actmaps.maps.sites import match_sites, read_activations, resolve
 
 NAMES = [
     "unet.down.norm1",
@@ -173,106 +157,6 @@ def test_streams_are_sites_of_their_own():
 # Names
 
 
-def test_components_are_named_after_the_architecture():
-    assert list(as_components(tiny_models.unet())) == ["unet"]
-    assert list(as_components(tiny_models.text_encoder(20))) == ["text_encoder"]
-    assert list(as_components(nn.Identity())) == ["model"]
-    assert list(as_components({"prior": nn.Identity()})) == ["prior"]
-
-
-def test_components_must_be_modules():
-    with pytest.raises(TypeError, match=r"component 'vae' is a str, not a torch\.nn\.Module"):
-        as_components({"vae": "model"})
-    with pytest.raises(ValueError, match="no model component given"):
-        as_components({})
-
-
-def test_text_encoders_have_the_same_names_with_and_without_the_text_model_level():
-    config = CLIPTextConfig(
-        vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, projection_dim=4
-    )
-    names = site_modules({"text_encoder": CLIPTextModelWithProjection(config)})
-    assert "text_encoder.encoder.layers.0.layer_norm1" in names
-    assert set(find_sites(tiny_models.text_encoder(20))) >= set(find_sites(CLIPTextModelWithProjection(config)))
-
-
-def test_lora_changes_no_name():
-    plain, adapted = tiny_models.unet(), tiny_models.unet()
-    inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q"]), adapted)
-    assert set(site_modules({"unet": adapted})) == set(site_modules({"unet": plain}))
-    to_q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-    assert unit_count(site_modules({"unet": adapted})[to_q]) == 16
-
-
-def test_only_lora_parts_are_left_out():
-    model = nn.ModuleDict({"flora_1": nn.Identity(), "my_base_layers": nn.Identity(), "lora_A": nn.Identity()})
-    assert list(site_modules({"model": model})) == ["model.flora_1", "model.my_base_layers"]
-
-
-def test_compiling_changes_no_name():
-    plain = nn.Sequential(nn.Sequential(nn.GroupNorm(2, 4)), nn.GroupNorm(2, 4))
-    names = list(site_modules({"model": plain}))
-    plain[0], plain[1] = (torch.compile(part, backend="eager") for part in plain)
-    compiled = site_modules({"model": torch.compile(plain, backend="eager")})
-    assert list(compiled) == names == ["model.0", "model.0.0", "model.1"]
-    assert compiled["model.1"] is plain[1]
-    assert is_norm(compiled["model.1"])
-    assert (unit_count(compiled["model.1"]), channel_dim(compiled["model.1"], torch.ones(1, 4, 2, 2))) == (4, 1)
-
-
-# Axes and units
-
-
-@pytest.mark.parametrize(
-    ("module", "shape", "dim", "units"),
-    [
-        (nn.Conv2d(2, 6, 1), (1, 6, 4, 4), 1, 6),
-        (nn.Conv1d(2, 6, 1), (1, 6, 4), 1, 6),
-        (nn.ConvTranspose2d(2, 6, 1), (1, 6, 4, 4), 1, 6),
-        (nn.GroupNorm(2, 6), (1, 6, 4, 4), 1, 6),
-        (nn.GroupNorm(2, 6), (1, 6), -1, 6),
-        (nn.LayerNorm(6), (1, 4, 6), -1, 6),
-        (nn.LayerNorm(6), (1, 4, 2, 6), -1, 6),
-        (nn.RMSNorm(6), (1, 4, 6), -1, 6),
-        (nn.Linear(2, 6), (1, 4, 6), -1, 6),
-        (nn.Identity(), (1, 4, 6), -1, None),
-    ],
-)
-def test_convolutional_outputs_count_units_along_dim_1(module, shape, dim, units):
-    assert channel_dim(module, torch.zeros(shape)) == dim
-    assert unit_count(module) == units
-
-
-def test_unit_counts_agree_with_what_a_unet_puts_out():
-    unet = tiny_models.unet()
-    counted = {}
-
-    def count(module, _args, output):
-        if isinstance(output, torch.Tensor) and unit_count(module) is not None:
-            counted[id(module)] = (unit_count(module), output.shape[channel_dim(module, output)])
-
-    for module in unet.modules():
-        if not isinstance(module, type(unet)):
-            module.register_forward_hook(count)
-    unet(torch.randn(1, 4, 8, 8), 1, encoder_hidden_states=torch.randn(1, 5, 32))
-    assert len(counted) > 80
-    assert all(named == found for named, found in counted.values())
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        *(
-            (name, True)
-            for name in ("LayerNorm", "GroupNorm", "RMSNorm", "BatchNorm2d", "LlamaRMSNorm", "FP32LayerNorm")
-        ),
-        *((name, False) for name in ("Linear", "AdaLayerNormZero", "Normalize", "xLayerNorm")),
-    ],
-)
-def test_norms_are_told_by_class_name(name, expected):
-    assert is_norm(type(name, (nn.Module,), {})()) == expected
-
-
 # Resolving
 
 
@@ -292,65 +176,18 @@ def test_a_stream_that_a_block_lacks_is_refused():
         resolve({"m": nn.Sequential(JointTransformerBlock())}, ["m.0:audio"], "it")
 
 
-# Reading and writing outputs
-
-A, B = torch.ones(1), torch.zeros(1)
-Pair = namedtuple("Pair", ["first", "second"])
-
-
-@pytest.mark.parametrize("output", [A, (A, B), [A, B], Pair(A, B), (A, None, 3)])
-def test_the_first_tensor_is_read_and_replaced(output):
-    assert read_output(nn.Identity(), output, "m.x") is A
-    new = torch.full((1,), 7.0)
-    replaced = replace_output(nn.Identity(), output, "m.x", new)
-    assert type(replaced) is type(output)
-    assert read_output(nn.Identity(), replaced, "m.x") is new
-    if not isinstance(output, torch.Tensor):
-        assert tuple(replaced)[1:] == tuple(output)[1:]
-        assert output[0] is A
-
-
-def test_model_outputs_are_copied():
-    output = BaseModelOutput(last_hidden_state=A, attentions=(B,))
-    replaced = replace_output(nn.Identity(), output, "m.x", B)
-    assert read_output(nn.Identity(), output, "m.x") is A
-    assert replaced.last_hidden_state is B
-    assert replaced[0] is B
-    assert replaced.attentions == (B,)
-
-
-def test_streams_are_read_and_replaced_by_name():
-    block = JointTransformerBlock()
-    output = block(torch.tensor([5.0]))
-    assert read_output(block, output, "m.x:image").item() == 5
-    assert read_output(block, output, "m.x:text").item() == 6
-    text, image = replace_output(block, output, "m.x:image", A)
-    assert (text.item(), image.item()) == (6, 1)
+# Reading
 
 
 @pytest.mark.parametrize("output", [None, 3.5, {"a": 1}])
 def test_what_is_no_tensor_is_refused_by_name(output):
-    with pytest.raises(ValueError, match=r"m\.x puts out .*, not a tensor; choose another site"):
-        read_output(nn.Identity(), output, "m.x")
+    place = resolve({"m": nn.Sequential(nn.Identity())}, ["m.0"], "it")["m.0"]
+    with pytest.raises(ValueError, match=r"m\.0 puts out .*, not a tensor; choose another site"):
+        read_activations(place, output, "m.0")
 
 
 def test_an_absent_stream_is_refused_by_name():
     block = JointTransformerBlock(text=False)
-    with pytest.raises(ValueError, match=r"m\.x:text puts out NoneType, not a tensor"):
-        read_output(block, block(A), "m.x:text")
-
-
-def test_evaluating_restores_every_mode():
-    model = nn.Sequential(nn.Dropout(), nn.Dropout())
-    model[1].eval()
-    inside = []
-
-    def use():
-        with evaluating({"m": model}):
-            inside.extend(module.training for module in model.modules())
-            raise ValueError("a wrong turn")
-
-    with pytest.raises(ValueError, match="a wrong turn"):
-        use()
-    assert inside == [False, False, False]
-    assert [module.training for module in model.modules()] == [True, True, False]
+    place = resolve({"m": nn.Sequential(block)}, ["m.0:text"], "it")["m.0:text"]
+    with pytest.raises(ValueError, match=r"m\.0:text puts out NoneType, not a tensor"):
+        read_activations(place, block(torch.ones(1)), "m.0:text")
