@@ -129,7 +129,7 @@ def as_components(model: Steerable) -> dict[str, nn.Module]:
     if isinstance(model, nn.Module):
         kind = type(_unwrapped(model)).__name__
         return {next((name for pattern, name in _COMPONENT_OF_CLASS if pattern.fullmatch(kind)), "model"): model}
-    components = dict(model)
+    components: dict[str, Any] = dict(model)
     if not components:
         raise ValueError("no model component given: pass a module or {component name: module}")
     for name, module in components.items():

@@ -150,7 +150,8 @@ class ArmedMap:
         self._bounds = _flat(act_map, "lower", "upper")
         # A shift of minus zero leaves every number as it is, minus zero included.
         self._identity = torch.tensor([[1.0], [-0.0]]).expand_as(self._full)
-        self._strength, self._rows = 0.0, None
+        self._strength = 0.0
+        self._rows: Tensor | None = None
         # By device: scale and shift (2, units), or (2, rows, units) with row factors; and lower and upper (2, units).
         self._moves: dict[torch.device, Tensor] = {}
         self._supports: dict[torch.device, Tensor] = {}
