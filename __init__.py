@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+# Where ComfyUI finds the help pages of the nodes.
+WEB_DIRECTORY = "./web"
+
 _HOME = {
     **dict.fromkeys(
         ("ESTIMATORS", "ActMap", "ActMapMetadata", "AffineMap", "Steering", "find_sites", "fit_map", "steer"), ".maps"
@@ -21,16 +24,25 @@ _HOME = {
 
 __all__ = [
     "ESTIMATORS",
+    "WEB_DIRECTORY",
     "ACTMixin",
     "ActMap",
     "ActMapMetadata",
     "AffineMap",
     "StableDiffusionACTPipeline",
     "Steering",
+    "comfy_entrypoint",
     "find_sites",
     "fit_map",
     "steer",
 ]
+
+
+async def comfy_entrypoint() -> Any:
+    """What ComfyUI calls to get the nodes."""
+    from .nodes import ACTExtension
+
+    return ACTExtension()
 
 
 def __getattr__(name: str) -> Any:

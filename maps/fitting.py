@@ -62,7 +62,7 @@ def fit_map(
     seed: int = 0,
     offload: bool = False,
     memory_reserve: float = 0.05,
-    progress: bool = True,
+    progress: bool | Callable[[float], None] = True,
     metadata: ActMapMetadata | None = None,
 ) -> ActMap:
     """Fit one affine transport map per unit and site, in one forward pass per prompt.
@@ -84,7 +84,8 @@ def fit_map(
         seed: of the draw of positions.
         offload: keep the activations of waiting micro-batches in host memory; slower, for models on a GPU.
         memory_reserve: fraction of the memory of the model's device that must stay free.
-        progress: show a progress bar over sites.
+        progress: show a progress bar over sites; or a function that takes the fraction done, and is called whenever a
+            micro-batch has reached a site. What it raises ends the fit.
         metadata: name, description and other fields to store; modes are filled in here.
 
     Returns:
@@ -117,8 +118,9 @@ def fit_map(
         spatial=spatial,
         moved_sides=() if not causal else ("source", "target") if transport_target else ("source",),
         memory=_MemoryGuard(device, memory_reserve),
+        report=progress if callable(progress) else None,
     )
-    bar = tqdm(total=len(places), disable=not progress, desc="Fitting sites", unit="site")
+    bar = tqdm(total=len(places), disable=progress is not True, desc="Fitting sites", unit="site")
     with evaluating(roots(model)), torch.no_grad(), bar:
         micro_batches = [
             _MicroBatch(forward, batch, side, Offload(weights) if offload else None)
@@ -242,6 +244,7 @@ class _Fit:
     spatial: str
     moved_sides: tuple[str, ...]
     memory: _MemoryGuard
+    report: Callable[[float], None] | None = None
     maps: dict[str, AffineMap] = field(default_factory=dict)
     costs: dict[str, tuple[float, float]] = field(default_factory=dict)
 
@@ -252,7 +255,7 @@ class _Fit:
                 undo.callback(micro_batch.end)
             for site, place in places.items():
                 undo.callback(attach(place.module, partial(self._at_site, site, place)))
-            while len(self.maps) < len(places) and (arrived := self._advance(waiting)):
+            while len(self.maps) < len(places) and (arrived := self._advance(waiting, len(places))):
                 self._fit_site(arrived, *(self._collect(waiting, side) for side in ("source", "target")))
                 bar.update()
 
@@ -279,7 +282,7 @@ class _Fit:
         )
         return place.write(output, moved)
 
-    def _advance(self, micro_batches: list[_MicroBatch]) -> str | None:
+    def _advance(self, micro_batches: list[_MicroBatch], sites: int) -> str | None:
         """Run every micro-batch to its next site and name it; None means that all forwards have ended.
 
         Raises:
@@ -290,6 +293,8 @@ class _Fit:
         for count, micro_batch in enumerate(micro_batches, 1):
             places.add(micro_batch.advance())
             self.memory.check(count, len(micro_batches))
+            if self.report is not None:
+                self.report((len(self.maps) + count / len(micro_batches)) / sites)
         if len(places) > 1:
             named = " and others at ".join(sorted(place or "the end" for place in places))
             raise ValueError(

@@ -186,14 +186,15 @@ class ArmedMap:
         if device in self._moves:
             return
         identity, full = self._identity, self._full
-        if self._rows is None:
-            moves = torch.lerp(identity, full, self._strength)
-        else:
-            factors = (self._strength * self._rows.to("cpu", torch.float32))[:, None]
-            moves = torch.lerp(identity[:, None], full[:, None], factors)
-            moves = torch.where(factors == 0, identity[:, None], moves)
-        self._moves[device] = moves.to(device)
-        self._supports[device] = self._bounds.to(device)
+        with torch.inference_mode(False):  # what is loaded in inference mode may be used outside of it
+            if self._rows is None:
+                moves = torch.lerp(identity, full, self._strength)
+            else:
+                factors = (self._strength * self._rows.to("cpu", torch.float32))[:, None]
+                moves = torch.lerp(identity[:, None], full[:, None], factors)
+                moves = torch.where(factors == 0, identity[:, None], moves)
+            self._moves[device] = moves.to(device)
+            self._supports[device] = self._bounds.to(device)
 
     def move(self, site: ArmedSite, output: Any) -> Any:
         """The `output` of the site's module with its activations moved.

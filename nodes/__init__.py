@@ -1,0 +1,30 @@
+"""Nodes for ComfyUI. This is the only part of the package that imports ComfyUI, and needs neither diffusers nor a download."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .apply import ACTApplyMap, ACTBlendMaps
+from .demo import ACTDemoModel
+from .files import ACTLoadMap, ACTSaveMap, register_folder
+from .fit import ACTFitMap, ACTPresetPrompts
+from .inspection import ACTInspectMap
+
+
+class ACTExtension(ComfyExtension):
+    """AcT Maps as an extension of ComfyUI."""
+
+    async def on_load(self) -> None:
+        """Make models/act_maps known."""
+        register_folder()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """The nodes of this pack."""
+        return [
+            ACTFitMap,
+            ACTApplyMap,
+            ACTLoadMap,
+            ACTSaveMap,
+            ACTBlendMaps,
+            ACTPresetPrompts,
+            ACTInspectMap,
+            ACTDemoModel,
+        ]

@@ -1,0 +1,174 @@
+"""Maps on ComfyUI's MODEL and CLIP. Both are patched on clones, so that other branches of a graph stay as they are."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from comfy.model_base import BaseModel
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrapperExecutor, WrappersMP
+from comfy.sd import CLIP
+from torch import Tensor
+
+from ..maps import ActMap
+from ..maps.places import Places
+from .forwards import ArmedModel
+from .translation import denoiser_places, encoder_places, text_tokens
+
+KEY = "actmaps"
+# Of each model the latest combinations of maps stay armed, which saves looking up their sites again.
+_KEPT_COMBINATIONS = 8
+
+
+@dataclass(frozen=True)
+class AppliedMap:
+    """A map as one apply node puts it on a MODEL.
+
+    Attributes:
+        strength: 0 leaves the model as it is, 1 is the full transport.
+        start_percent, end_percent: part of the sampling run, as fractions of its noise schedule, in which the map acts.
+        rows: "positive" steers the positive conditioning only, "both" the negative one too.
+    """
+
+    act_map: ActMap
+    strength: float = 1.0
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+    rows: str = "positive"
+
+
+def steered_model(model: ModelPatcher, applied: AppliedMap) -> ModelPatcher:
+    """A clone of `model` that is steered by one more map, after those that it has."""
+    clone = model.clone()
+    steering = SteeredSampling((*applied_maps(model), applied))
+    clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
+    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, steering)
+    return clone
+
+
+def applied_maps(model: ModelPatcher) -> tuple[AppliedMap, ...]:
+    """The maps that steer `model`, in the order in which they apply."""
+    wrappers = model.get_wrappers(WrappersMP.APPLY_MODEL, KEY)
+    return wrappers[0].applied if wrappers else ()
+
+
+class SteeredSampling:
+    """Wrapper of `BaseModel.apply_model`: steers each call by the maps that act at its noise level, and takes them off again."""
+
+    def __init__(self, applied: Sequence[AppliedMap]) -> None:
+        self.applied = tuple(applied)
+
+    def __call__(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
+        x, context = args[0], _argument(args, kwargs, 3, "c_crossattn")
+        options = _argument(args, kwargs, 5, "transformer_options") or {}
+        model: BaseModel = executor.class_obj
+        sigma = float((args[1] if options.get("sigmas") is None else options["sigmas"]).flatten()[0])
+        acting = []
+        for applied in self.applied:
+            rows = _row_factors(applied, options.get("cond_or_uncond"), x.shape[0])
+            if applied.strength != 0 and rows.any() and _acts(applied, model, sigma):
+                acting.append((applied, None if rows.all() else rows))
+        if not acting:
+            return executor(*args, **kwargs)
+        armed = _armed(model, tuple(applied.act_map for applied, _ in acting), options.get("sample_sigmas"))
+        for arm, (applied, rows) in zip(armed.arms, acting, strict=True):
+            arm.strength, arm.rows = applied.strength, rows
+        token = text_tokens.set(context.shape[1] if isinstance(context, Tensor) and context.ndim > 1 else 0)
+        try:
+            with armed.installed(x.device):
+                return executor(*args, **kwargs)
+        finally:
+            text_tokens.reset(token)
+
+
+def _argument(args: Sequence[Any], kwargs: dict[str, Any], index: int, name: str) -> Any:
+    return args[index] if len(args) > index else kwargs.get(name)
+
+
+def _acts(applied: AppliedMap, model: BaseModel, sigma: float) -> bool:
+    """Whether the noise level lies in the part of the run in which the map acts."""
+    start, end = (model.model_sampling.percent_to_sigma(p) for p in (applied.start_percent, applied.end_percent))
+    return end < sigma <= start
+
+
+def _row_factors(applied: AppliedMap, cond_or_uncond: Sequence[int] | None, batch: int) -> Tensor:
+    """1 for the rows of the batch that are steered, else 0. Chunk 0 is the positive conditioning, wherever it stands."""
+    if applied.rows == "both" or not cond_or_uncond:
+        return torch.ones(batch)
+    chunks = torch.tensor([float(chunk == 0) for chunk in cond_or_uncond])
+    return chunks.repeat_interleave(batch // len(chunks))
+
+
+@dataclass
+class _Kept:
+    """The armed combinations of maps of one model, and the sampling run in which they were last checked."""
+
+    armed: OrderedDict[tuple[ActMap, ...], ArmedModel]
+    run: Any = None
+
+
+_kept: WeakKeyDictionary[BaseModel, _Kept] = WeakKeyDictionary()
+
+
+def _armed(model: BaseModel, act_maps: tuple[ActMap, ...], run: Any) -> ArmedModel:
+    """The maps armed on `model`. In a new sampling run modules may have been exchanged, so their sites are looked up anew."""
+    kept = _kept.setdefault(model, _Kept(OrderedDict()))
+    if run is None or run is not kept.run:
+        kept.run = run
+        present = {place.module for place in denoiser_places(model).values()}
+        kept.armed = OrderedDict((maps, armed) for maps, armed in kept.armed.items() if armed.modules <= present)
+    if act_maps not in kept.armed:
+        kept.armed[act_maps] = ArmedModel(denoiser_places(model), act_maps)
+        while len(kept.armed) > _KEPT_COMBINATIONS:
+            kept.armed.popitem(last=False)
+    kept.armed.move_to_end(act_maps)
+    return kept.armed[act_maps]
+
+
+def steered_clip(clip: CLIP, act_map: ActMap, strength: float) -> CLIP:
+    """A clone of `clip` whose text encoders are steered by one more map, after those that they have."""
+    clone = clip.clone()
+    for path, places in encoder_places(clip.cond_stage_model).items():
+        sites = [site for site in act_map if site in places]
+        if not sites:
+            continue
+        key = f"{path}.transformer.forward"
+        forward = clone.patcher.get_model_object(key)
+        earlier = forward.applied if isinstance(forward, SteeredEncoder) else ()
+        plain = forward.plain if isinstance(forward, SteeredEncoder) else forward
+        part = act_map.select(sites)
+        clone.patcher.add_object_patch(key, SteeredEncoder(plain, places, (*earlier, (part, strength))))
+    return clone
+
+
+def steers_encoders(clip: CLIP) -> bool:
+    """Whether `clip` is steered."""
+    return any(isinstance(patch, SteeredEncoder) for patch in clip.patcher.object_patches.values())
+
+
+class SteeredEncoder:
+    """The `forward` of a text encoder, steered by maps."""
+
+    def __init__(self, plain: Callable[..., Any], places: Places, applied: Sequence[tuple[ActMap, float]]) -> None:
+        self.plain, self.applied = plain, tuple(applied)
+        self._armed = ArmedModel(places, [act_map for act_map, _ in applied])
+        for arm, (_, strength) in zip(self._armed.arms, self.applied, strict=True):
+            arm.strength = strength
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not any(strength for _, strength in self.applied):
+            return self.plain(*args, **kwargs)
+        with self._armed.installed(_device(args, kwargs)):
+            return self.plain(*args, **kwargs)
+
+
+def _device(args: Sequence[Any], kwargs: dict[str, Any]) -> torch.device:
+    """The device of the first tensor among the arguments."""
+    return next(
+        (value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), torch.device("cpu")
+    )
