@@ -22,7 +22,7 @@ check: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	mkdir -p $(VENV)/typecheck && ln -sfn $(CURDIR) $(VENV)/typecheck/actmaps
-	cd $(VENV)/typecheck && ../bin/mypy --config-file $(CURDIR)/pyproject.toml -p actmaps.maps -p actmaps.pipelines -p actmaps.evaluation -m actmaps.cli
+	cd $(VENV)/typecheck && ../bin/mypy --config-file $(CURDIR)/pyproject.toml -p actmaps.maps -p actmaps.pipelines -p actmaps.evaluation -p actmaps.nodes -m actmaps.cli
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/fit_cost.py

@@ -41,7 +41,7 @@ class ArmedModel:
                 moves.setdefault(site.place.module, []).append((arm, site))
         self._moves = {module: tuple(of_module) for module, of_module in moves.items()}
         self._forwards = {
-            module: _moving(type(module).forward.__get__(module), of_module)  # type: ignore[attr-defined]
+            module: _moving(type(module).forward.__get__(module), of_module)
             for module, of_module in self._moves.items()
         }
 

@@ -68,11 +68,11 @@ class SteeredSampling:
         options = _argument(args, kwargs, 5, "transformer_options") or {}
         model: BaseModel = executor.class_obj
         sigma = float((args[1] if options.get("sigmas") is None else options["sigmas"]).flatten()[0])
-        acting = []
+        acting: list[tuple[AppliedMap, Tensor | None]] = []
         for applied in self.applied:
-            rows = _row_factors(applied, options.get("cond_or_uncond"), x.shape[0])
-            if applied.strength != 0 and rows.any() and _acts(applied, model, sigma):
-                acting.append((applied, None if rows.all() else rows))
+            factors = _row_factors(applied, options.get("cond_or_uncond"), x.shape[0])
+            if applied.strength != 0 and factors.any() and _acts(applied, model, sigma):
+                acting.append((applied, None if factors.all() else factors))
         if not acting:
             return executor(*args, **kwargs)
         armed = _armed(model, tuple(applied.act_map for applied, _ in acting), options.get("sample_sigmas"))

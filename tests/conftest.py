@@ -6,8 +6,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-import torchvision_ops
 from hypothesis import settings
+
+import torchvision_ops
 
 torchvision_ops.define_missing()
 torch.set_num_threads(1)

@@ -9,13 +9,13 @@ import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
-from runs import SUBJECT, hooks, instance_forwards, sample, strong_map
 
 from actmaps.maps import ActMap, steer
 from actmaps.nodes.apply import ACTApplyMap, ACTBlendMaps
 from actmaps.nodes.demo_model import load_demo_model
 from actmaps.nodes.steering import AppliedMap, _kept, steered_clip, steered_model
 from actmaps.nodes.translation import denoiser_places
+from runs import SUBJECT, hooks, instance_forwards, sample, strong_map
 
 
 @pytest.fixture(scope="module")
