@@ -58,7 +58,7 @@ def test_subfolders_are_made(folder, act_map):
         "..",
         "a//b",
         "con:",
-        "ink\n",
+        "in\nk",
         "a/ ",
     ],
 )
