@@ -13,7 +13,8 @@ def _along(values: Tensor, x: Tensor, channel_dim: int) -> Tensor:
     shape = [1] * x.ndim
     shape[channel_dim] = values.shape[-1]
     if values.ndim == 2:
-        values = values.repeat_interleave(x.shape[0] // len(values), 0)
+        if len(values) != x.shape[0]:
+            values = values.repeat_interleave(x.shape[0] // len(values), 0)
         shape[0] = x.shape[0]
     return values.view(shape)
 
@@ -49,7 +50,7 @@ def transport(
         tested = x.mean(dim=tuple(range(2, x.ndim)), keepdim=True, dtype=torch.float32)
         moved = x + torch.addcmul(shift, scale - 1, tested)
     else:
-        moved = torch.addcmul(shift, scale, x)
+        moved = (x * scale).add_(shift)  # half the time of addcmul, which is slow where it broadcasts
     moved = moved.to(x.dtype)
     if lower is None or upper is None:
         return moved

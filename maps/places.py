@@ -78,7 +78,9 @@ class Place:
     def read(self, output: Any) -> Any:
         """The activations in the module's `output`; not a tensor if the site was ill chosen."""
         value = output[self.entry] if _has_entries(output) else output
-        return value[self._part(value)] if isinstance(value, Tensor) and self._is_part else value
+        if (self.units is None and self.tokens is None) or not isinstance(value, Tensor):
+            return value
+        return value[self._part(value)]
 
     def write(self, output: Any, activations: Tensor) -> Any:
         """`output` with its activations replaced; other entries, units and tokens are kept as they are."""
@@ -93,10 +95,6 @@ class Place:
         replaced[list(output.keys())[self.entry]] = value
         return replaced
 
-    @property
-    def _is_part(self) -> bool:
-        return self.units is not None or self.tokens is not None
-
     def _part(self, whole: Tensor) -> tuple[slice, ...]:
         part = [slice(None)] * whole.ndim
         if self.tokens is not None:
@@ -106,7 +104,7 @@ class Place:
         return tuple(part)
 
     def _within(self, whole: Tensor, activations: Tensor) -> Tensor:
-        if not self._is_part:
+        if self.units is None and self.tokens is None:
             return activations
         whole = whole.clone()
         whole[self._part(whole)] = activations
@@ -180,8 +178,13 @@ def _places_of(module: nn.Module) -> dict[str, Place]:
     """The places in one module by suffix of their name, which is empty for a module with one output."""
     streams = _STREAMS.get(type(module).__name__, ())
     if not streams:
-        return {"": Place(module, channels_first=_channels_first(type(_unwrapped(module)).__name__))}
+        return {"": whole_output(module)}
     return {f":{stream}": Place(module, entry) for entry, stream in enumerate(streams) if stream}
+
+
+def whole_output(module: nn.Module) -> Place:
+    """The one tensor that `module` puts out."""
+    return Place(module, channels_first=_channels_first(type(_unwrapped(module)).__name__))
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -226,4 +229,4 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 
 
 def _has_entries(output: Any) -> bool:
-    return isinstance(output, (tuple, list)) or hasattr(output, "to_tuple")
+    return not isinstance(output, Tensor) and (isinstance(output, (tuple, list)) or hasattr(output, "to_tuple"))

@@ -114,11 +114,12 @@ class Steering:
 
 @dataclass(frozen=True)
 class ArmedSite:
-    """One site of an armed map, and its place in the flat buffers of the map."""
+    """One site of an armed map, and its number among them."""
 
     name: str
     place: Place
-    units: slice
+    number: int
+    units: int
     bounded: bool
 
 
@@ -140,21 +141,18 @@ class ArmedMap:
         self.name, self.spatial = act_map.metadata.name, act_map.metadata.spatial
         found = resolve(model, list(act_map), f"act map {self.name!r}")
         self.sites: list[ArmedSite] = []
-        start = 0
-        for site, affine in act_map.items():
+        for number, (site, affine) in enumerate(act_map.items()):
             self._check_units(site, affine.channels, found[site].unit_count, found[site].module)
-            units = slice(start, start + affine.channels)
-            self.sites.append(ArmedSite(site, found[site], units, affine.lower is not None))
-            start = units.stop
+            self.sites.append(ArmedSite(site, found[site], number, affine.channels, affine.lower is not None))
         self._full = _flat(act_map, "scale", "shift")
         self._bounds = _flat(act_map, "lower", "upper")
         # A shift of minus zero leaves every number as it is, minus zero included.
         self._identity = torch.tensor([[1.0], [-0.0]]).expand_as(self._full)
         self._strength = 0.0
         self._rows: Tensor | None = None
-        # By device: scale and shift (2, units), or (2, rows, units) with row factors; and lower and upper (2, units).
-        self._moves: dict[torch.device, Tensor] = {}
-        self._supports: dict[torch.device, Tensor] = {}
+        # By device, of each site: scale and shift (units,), or (rows, units) with row factors; and lower and upper (units,).
+        self._moves: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+        self._supports: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
 
     @property
     def strength(self) -> float:
@@ -193,8 +191,13 @@ class ArmedMap:
                 factors = (self._strength * self._rows.to("cpu", torch.float32))[:, None]
                 moves = torch.lerp(identity[:, None], full[:, None], factors)
                 moves = torch.where(factors == 0, identity[:, None], moves)
-            self._moves[device] = moves.to(device)
-            self._supports[device] = self._bounds.to(device)
+            self._moves[device] = self._by_site(moves.to(device))
+            if device not in self._supports:
+                self._supports[device] = self._by_site(self._bounds.to(device))
+
+    def _by_site(self, flat: Tensor) -> list[tuple[Tensor, Tensor]]:
+        first, second = (part.split([site.units for site in self.sites], dim=-1) for part in flat)
+        return list(zip(first, second, strict=True))
 
     def move(self, site: ArmedSite, output: Any) -> Any:
         """The `output` of the site's module with its activations moved.
@@ -204,15 +207,16 @@ class ArmedMap:
         """
         x = read_activations(site.place, output, site.name)
         dim = site.place.channel_dim(x)
-        self._check_units(site.name, site.units.stop - site.units.start, x.shape[dim], site.place.module)
-        if x.device not in self._moves:
-            self.load(x.device)
-        scale, shift = self._moves[x.device][..., site.units]
+        self._check_units(site.name, site.units, x.shape[dim], site.place.module)
+        device = x.device
+        if device not in self._moves:
+            self.load(device)
+        scale, shift = self._moves[device][site.number]
         if scale.ndim == 2 and x.shape[0] % scale.shape[0]:
             raise ValueError(
                 f"{site.name} has {x.shape[0]} rows, which is no multiple of the {scale.shape[0]} row strengths"
             )
-        lower, upper = self._supports[x.device][:, site.units] if site.bounded else (None, None)
+        lower, upper = self._supports[device][site.number] if site.bounded else (None, None)
         moved = transport(x, scale, shift, lower, upper, channel_dim=dim, spatial=self.spatial)
         return site.place.write(output, moved)
 

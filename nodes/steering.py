@@ -116,11 +116,11 @@ _kept: WeakKeyDictionary[BaseModel, _Kept] = WeakKeyDictionary()
 
 
 def _armed(model: BaseModel, act_maps: tuple[ActMap, ...], run: Any) -> ArmedModel:
-    """The maps armed on `model`. In a new sampling run modules may have been exchanged, so their sites are looked up anew."""
+    """The maps armed on `model`; anew if some of its modules have been exchanged since the last sampling run."""
     kept = _kept.setdefault(model, _Kept(OrderedDict()))
     if run is None or run is not kept.run:
         kept.run = run
-        present = {place.module for place in denoiser_places(model).values()}
+        present = set(model.diffusion_model.modules())
         kept.armed = OrderedDict((maps, armed) for maps, armed in kept.armed.items() if armed.modules <= present)
     if act_maps not in kept.armed:
         kept.armed[act_maps] = ArmedModel(denoiser_places(model), act_maps)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ..maps.places import Place, find_places
+from ..maps.places import Place, find_places, whole_output
 
 # How many tokens of the model call under way are text, for blocks that work on text and image in one sequence.
 text_tokens: ContextVar[int] = ContextVar("text_tokens", default=0)
@@ -169,10 +169,8 @@ def _blocks(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, str, int]]:
 
 
 def _place(module: nn.Module, entry: int = 0, units: slice | None = None) -> Place:
-    by_class = find_places({"it": nn.ModuleDict({"module": module})})["it.module"]
-    return Place(
-        module, entry, units, channels_first=by_class.channels_first or type(module).__name__ in _CHANNELS_FIRST
-    )
+    channels_first = whole_output(module).channels_first or type(module).__name__ in _CHANNELS_FIRST
+    return Place(module, entry, units, channels_first=channels_first)
 
 
 def encoder_places(model: nn.Module) -> dict[str, dict[str, Place]]:
