@@ -184,7 +184,7 @@ def encoder_places(model: nn.Module) -> dict[str, dict[str, Place]]:
 
     paths = [path for path, module in model.named_modules() if isinstance(module, SDClipModel)]
     names = encoder_names(paths, has_clip_g=hasattr(model, "clip_g"))
-    return {path: find_places({names[path]: model.get_submodule(path).transformer}) for path in paths}
+    return {path: find_places({names[path]: model.get_submodule(f"{path}.transformer")}) for path in paths}
 
 
 def encoder_names(paths: list[str], has_clip_g: bool) -> dict[str, str]:
