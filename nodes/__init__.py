@@ -8,13 +8,12 @@ from .files import ACTLoadMap, ACTSaveMap, register_folder
 from .fit import ACTFitMap, ACTPresetPrompts
 from .inspection import ACTInspectMap
 
+# Before the first schema is read, which lists the files.
+register_folder()
+
 
 class ACTExtension(ComfyExtension):
     """AcT Maps as an extension of ComfyUI."""
-
-    async def on_load(self) -> None:
-        """Make models/act_maps known."""
-        register_folder()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """The nodes of this pack."""

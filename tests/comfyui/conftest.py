@@ -40,3 +40,16 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.is_relative_to(HERE):
             item.add_marker(pytest.mark.comfyui)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """A live server; it starts once, in about 20 seconds."""
+    from server import Server
+
+    live = Server(tmp_path_factory.mktemp("comfyui"), COMFYUI_DIR)
+    try:
+        live.wait()
+        yield live
+    finally:
+        live.stop()
