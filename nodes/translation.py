@@ -20,7 +20,8 @@ text_tokens: ContextVar[int] = ContextVar("text_tokens", default=0)
 
 # Modules of ComfyUI whose output is NCHW, beside those that torch names alike.
 _CHANNELS_FIRST = {"ResBlock", "SpatialTransformer", "Upsample", "Downsample"}
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+# What stands for no layer of diffusers.
+_NO_LAYERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Identity)
 
 # Site in a block -> (module in ComfyUI's block, entry of its output); "" is the block itself.
 _FLUX_DOUBLE = {
@@ -97,7 +98,7 @@ def unet_places(root: nn.Module, table: Mapping[str, str]) -> dict[str, Place]:
     return {
         f"unet.{theirs}": _place(modules[ours])
         for theirs, ours in paths.items()
-        if ours in modules and not isinstance(modules[ours], _CONTAINERS)
+        if ours in modules and not isinstance(modules[ours], _NO_LAYERS)
     }
 
 
@@ -142,15 +143,12 @@ def _fused_modules_of(table: Mapping[str, Any]) -> Iterator[tuple[str, str, slic
     """Names of modules in diffusers and in ComfyUI, and the channels that are theirs in a fused module."""
     seen = set()
     for key, value in table.items():
-        ours, part, rearranged = ((value,) if isinstance(value, str) else tuple(value)) + (None,) * (
-            3 - (1 if isinstance(value, str) else len(value))
-        )
-        theirs = key.rpartition(".")[0]
-        if rearranged is not None or not theirs or theirs in seen:
+        name, part, rearranged = (*((value,) if isinstance(value, str) else value), None, None)[:3]
+        theirs, ours = key.rpartition(".")[0], name.rpartition(".")[0]
+        if rearranged is not None or not ours or theirs in seen:
             continue
         seen.add(theirs)
-        units = None if part is None else slice(part[1], part[1] + part[2])
-        yield theirs, ours.rpartition(".")[0], units
+        yield theirs, ours, None if part is None else slice(part[1], part[1] + part[2])
 
 
 def _blocks(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, str, int]]:

@@ -115,7 +115,7 @@ class Server:
         def follow() -> None:
             try:
                 outcome.append(asyncio.run(asyncio.wait_for(self._follow(prompt, on_progress), timeout)))
-            except BaseException as error:  # noqa: BLE001 (raised again below)
+            except BaseException as error:
                 outcome.append(error)
 
         # A loop of its own in a thread of its own, whatever loop the test runs in.
