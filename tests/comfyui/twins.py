@@ -9,12 +9,33 @@ import comfy.supported_models
 import comfy.utils
 import torch
 from comfy.sdxl_clip import SDXLClipG
+from comfy.text_encoders.llama import Gemma2_2B, Llama2
 from comfy.text_encoders.t5 import T5
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import (
+    AuraFlowTransformer2DModel,
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    WanTransformer3DModel,
+)
+from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    LlamaConfig,
+    LlamaModel,
+    T5Config,
+    T5EncoderModel,
+)
 
 from actmaps.maps.places import Place, find_places
+from actmaps.nodes.demo_model import WEIGHTS, load_demo_model
 from actmaps.nodes.translation import denoiser_places, encoder_places, text_tokens
 
 
@@ -58,6 +79,36 @@ def _base_model(kind, config, weights):
 def _converted(transformer):
     """Weights of a transformer by ComfyUI's own converter, which changes what it is given in place."""
     return comfy.model_detection.convert_diffusers_mmdit({k: v.clone() for k, v in transformer.state_dict().items()})
+
+
+def demo_unet() -> Twins:
+    """The bundled demo model."""
+    unet = (
+        UNet2DConditionModel.from_pretrained(WEIGHTS / "unet", torch_dtype=torch.float32).eval().requires_grad_(False)
+    )
+    model = load_demo_model()[0].model.requires_grad_(False)
+    x, t, text = random(2, 8, 8, 8), torch.tensor([10.0, 500.0]), random(2, 24, 128, seed=2)
+    return Twins(
+        find_places({"unet": unet}),
+        denoiser_places(model),
+        lambda: unet(x, t, encoder_hidden_states=text).sample,
+        lambda: model.diffusion_model(x, t, context=text),
+        unet,
+    )
+
+
+def demo_text() -> Twins:
+    """The text encoder of the demo model."""
+    theirs = CLIPTextModel.from_pretrained(WEIGHTS / "text_encoder", dtype=torch.float32).eval().requires_grad_(False)
+    model = load_demo_model()[1].cond_stage_model.requires_grad_(False)
+    tokens = [[0, 7, 300, 1200, 1] + [1] * 19, [0, 45, 1] + [1] * 21]
+    return Twins(
+        find_places({"text_encoder": theirs}),
+        encoder_places(model)["clip_l"],
+        lambda: theirs(torch.tensor(tokens)).last_hidden_state,
+        lambda: model.clip_l(tokens)[0],
+        theirs,
+    )
 
 
 def sd15() -> Twins:
@@ -195,6 +246,113 @@ def sd3() -> Twins:
     )
 
 
+def pixart() -> Twins:
+    transformer = randomised(
+        PixArtTransformer2DModel(
+            num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32, num_layers=2, in_channels=4, out_channels=8,
+            sample_size=64, patch_size=4, caption_channels=24, use_additional_conditions=False,
+        )
+    )  # fmt: skip
+    config = {
+        "image_model": "pixart_alpha", "hidden_size": 32, "depth": 2, "num_heads": 2, "patch_size": 4, "in_channels": 4,
+        "caption_channels": 24, "micro_condition": False, "model_max_length": 5, "pe_interpolation": 1,
+    }  # fmt: skip
+    table = comfy.utils.pixart_to_diffusers(config)
+    weights: dict[str, Tensor] = {"y_embedder.y_embedding": torch.zeros(5, 24)}
+    fused: dict[str, list[tuple[int, Tensor]]] = {}
+    for name, tensor in transformer.state_dict().items():
+        if name in table and isinstance(table[name], str):
+            weights[table[name]] = tensor
+        elif name in table:
+            into, (_, start, _) = table[name]
+            fused.setdefault(into, []).append((start, tensor))
+    for into, parts in fused.items():
+        weights[into] = torch.cat([tensor for _, tensor in sorted(parts, key=lambda part: part[0])])
+    model = _base_model(comfy.supported_models.PixArtAlpha, config, weights)
+    x, t, text = random(1, 4, 64, 64), torch.tensor([300.0]), random(1, 5, 24, seed=2)
+    return Twins(
+        find_places({"transformer": transformer}),
+        denoiser_places(model),
+        lambda: transformer(x, encoder_hidden_states=text, timestep=t).sample[:, :4],
+        lambda: model.diffusion_model(x, t, context=text),
+        transformer,
+    )
+
+
+def auraflow() -> Twins:
+    transformer = randomised(
+        AuraFlowTransformer2DModel(
+            sample_size=8, patch_size=2, in_channels=4, num_mmdit_layers=2, num_single_dit_layers=2, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=24, caption_projection_dim=32, out_channels=4, pos_embed_max_size=16,
+        )
+    )  # fmt: skip
+    config = {
+        "cond_seq_dim": 24, "dim": 32, "global_conddim": 32, "n_layers": 4, "n_double_layers": 2, "n_heads": 2, "max_seq": 16,
+    }  # fmt: skip
+    model = _base_model(comfy.supported_models.AuraFlow, config, _converted(transformer))
+    x, t, text = random(2, 4, 8, 8), torch.tensor([0.3, 0.9]), random(2, 5, 24, seed=2)
+    return Twins(
+        find_places({"transformer": transformer}),
+        denoiser_places(model),
+        lambda: transformer(x, encoder_hidden_states=text, timestep=t).sample,
+        lambda: model.diffusion_model(x, t, context=text),
+        transformer,
+    )
+
+
+def wan() -> Twins:
+    config = {
+        "image_model": "wan2.1", "model_type": "t2v", "dim": 24, "ffn_dim": 48, "freq_dim": 16, "text_dim": 20, "in_dim": 4,
+        "out_dim": 4, "num_heads": 2, "num_layers": 2, "patch_size": (1, 2, 2), "cross_attn_norm": True, "qk_norm": True,
+    }  # fmt: skip
+    model_config = comfy.supported_models.WAN21_T2V(config)
+    model_config.set_inference_dtype(torch.float32, None)
+    model = model_config.get_model({}, device="cpu").eval()
+    randomised(model.diffusion_model)
+    transformer = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=20, freq_dim=16, ffn_dim=48,
+        num_layers=2, cross_attn_norm=True, rope_max_seq_len=32,
+    )  # fmt: skip
+    transformer.load_state_dict(convert_wan_transformer_to_diffusers(dict(model.diffusion_model.state_dict())))
+    transformer.eval().requires_grad_(False)
+    x, t, text = random(2, 4, 2, 4, 6), torch.tensor([300.0, 900.0]), random(2, 5, 20, seed=2)
+    return Twins(
+        find_places({"transformer": transformer}),
+        denoiser_places(model),
+        lambda: transformer(x, t, text).sample,
+        lambda: model.diffusion_model(x, t, context=text),
+        transformer,
+    )
+
+
+def qwen() -> Twins:
+    transformer = randomised(
+        QwenImageTransformer2DModel(
+            in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=24, axes_dims_rope=(4, 6, 6),
+        )
+    )  # fmt: skip
+    config = {
+        "image_model": "qwen_image", "in_channels": 16, "out_channels": 4, "num_layers": 2, "attention_head_dim": 16,
+        "num_attention_heads": 2, "joint_attention_dim": 24, "axes_dims_rope": (4, 6, 6),
+    }  # fmt: skip
+    model = _base_model(comfy.supported_models.QwenImage, config, transformer.state_dict())
+    x, t, text = random(2, 4, 1, 8, 8), torch.tensor([0.3, 0.9]), random(2, 5, 24, seed=2)
+    packed = x.view(2, 4, 4, 2, 4, 2).permute(0, 2, 4, 1, 3, 5).reshape(2, 16, 16)
+
+    def run_theirs():
+        out = transformer(packed, encoder_hidden_states=text, timestep=t, img_shapes=[[(1, 4, 4)]] * 2).sample
+        return out.view(2, 4, 4, 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(2, 4, 1, 8, 8)
+
+    return Twins(
+        find_places({"transformer": transformer}),
+        denoiser_places(model),
+        run_theirs,
+        lambda: model.diffusion_model(x, t, context=text),
+        transformer,
+    )
+
+
 CLIP = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 49408,
     "max_position_embeddings": 77, "bos_token_id": 49406, "eos_token_id": 49407,
@@ -254,9 +412,35 @@ def t5() -> Twins:
     return _encoders("t5xxl", theirs, ours, lambda: theirs(torch.tensor(tokens)).last_hidden_state, tokens=tokens)
 
 
+LANGUAGE = {
+    "vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}  # fmt: skip
+
+
+def llama() -> Twins:
+    """The Llama of HunyuanVideo."""
+    theirs = randomised(LlamaModel(LlamaConfig(**LANGUAGE, head_dim=128, rms_norm_eps=1e-5, rope_theta=500000.0)))
+    return _language_model("llama", theirs, Llama2)
+
+
+def gemma() -> Twins:
+    """The Gemma of Lumina 2."""
+    config = Gemma2Config(**LANGUAGE, head_dim=256, attn_logit_softcapping=None, attn_implementation="eager")
+    return _language_model("gemma2_2b", randomised(Gemma2Model(config)), Gemma2_2B)
+
+
+def _language_model(name, theirs, kind) -> Twins:
+    ours = comfy.sd1_clip.SDClipModel(textmodel_json_config=LANGUAGE, model_class=kind, special_tokens={"pad": 0})
+    tokens = [[5, 17, 80, 1, 9, 2], [9, 3, 44, 61, 12, 1]]
+    return _encoders(name, theirs, ours, lambda: theirs(torch.tensor(tokens)).last_hidden_state, tokens=tokens)
+
+
 def _encoders(name, theirs, ours, run_theirs, read=lambda out: out[0], tokens=TOKENS) -> Twins:
     state = theirs.state_dict()
-    if name != "t5xxl":
+    if name in ("llama", "gemma2_2b"):
+        state = {f"model.{k}": v for k, v in state.items()}
+    elif name != "t5xxl":
         state = {
             k if k.startswith(("text_model.", "text_projection")) else f"text_model.{k}": v for k, v in state.items()
         }
@@ -270,4 +454,8 @@ def _encoders(name, theirs, ours, run_theirs, read=lambda out: out[0], tokens=TO
     )
 
 
-ALL = {"sd15": sd15, "sdxl": sdxl, "flux": flux, "sd3": sd3, "clip_l": clip_l, "clip_g": clip_g, "t5": t5}
+ALL = {
+    "demo_unet": demo_unet, "demo_text": demo_text,
+    "sd15": sd15, "sdxl": sdxl, "flux": flux, "sd3": sd3, "pixart": pixart, "auraflow": auraflow, "wan": wan, "qwen": qwen,
+    "clip_l": clip_l, "clip_g": clip_g, "t5": t5, "llama": llama, "gemma": gemma,
+}  # fmt: skip
