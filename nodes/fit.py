@@ -33,7 +33,7 @@ class ACTFitMap(io.ComfyNode):
             "ACTFitMap",
             "Fit AcT Map",
             description="Learn an act map from two lists of prompts: what the model draws now, and what it should draw. "
-            "No training; a minute or so with a few dozen prompts.",
+            "No training: every prompt is sampled once and looked at a few times.",
             search_aliases=["activation transport", "train style", "fit steering", "make act map"],
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model to fit on, not steered itself. LoRAs are fine."),
@@ -47,7 +47,7 @@ class ACTFitMap(io.ComfyNode):
                     multiline=True,
                     dynamic_prompts=False,
                     tooltip="What the model draws now, one prompt per "
-                    "line, for example: a cat. From 16 prompts on results are steady.",
+                    "line, for example: a cat. A few dozen give a steadier map than a few.",
                 ),
                 io.String.Input(
                     "target_prompts",
@@ -86,7 +86,7 @@ class ACTFitMap(io.ComfyNode):
                     default=0,
                     min=0,
                     max=2**64 - 2**20,
-                    control_after_generate=True,
+                    control_after_generate=False,  # a new seed means a new fit: only when asked for
                     tooltip="Of the noise and of the positions drawn. The same seed gives the same map.",
                 ),
                 io.Int.Input(
@@ -298,7 +298,7 @@ class ACTPresetPrompts(io.ComfyNode):
                     default=0,
                     min=0,
                     max=2**63 - 1,
-                    control_after_generate=True,
+                    control_after_generate=False,
                     tooltip="Of the draw of subjects and wordings.",
                 ),
             ],

@@ -21,7 +21,7 @@ from ..maps import ActMap, ActMapMetadata, find_sites, fit_map
 from ..maps.places import Place
 from ..maps.sites import component_names
 from .steering import applied_maps, steered_clip, steers_encoders
-from .translation import denoiser_places, encoder_places
+from .translation import denoiser_places, encoder_places, text_tokens
 
 # One prompt as CLIP.encode_from_tokens_scheduled gives it: [embeddings (1, T, C), {name: value}] per part of the schedule.
 Conditioning = list[list[Any]]
@@ -383,6 +383,7 @@ def _within_sampler(
 
         def call(number: int, latents: Tensor, sigma: Tensor) -> None:
             chosen = conds["positive"][first[number] : first[number + 1]]
+            text_tokens.set(chosen[0]["cross_attn"].shape[1])
             latents = latents.to(x.device)
             timestep = sigma.to(x.device).expand(len(latents))
             comfy.samplers.calc_cond_batch(base, [chosen], latents, timestep, extra_args["model_options"])

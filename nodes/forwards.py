@@ -35,9 +35,11 @@ class ArmedModel:
 
     def __init__(self, places: Places, act_maps: Sequence[ActMap]) -> None:
         self.arms = [ArmedMap(act_map, places) for act_map in act_maps]
+        # Sites that share a module are moved in the order of the places, whatever their order in a map.
+        order = {site: number for number, site in enumerate(places)}
         moves: dict[nn.Module, list[tuple[ArmedMap, ArmedSite]]] = {}
         for arm in self.arms:
-            for site in arm.sites:
+            for site in sorted(arm.sites, key=lambda site: order[site.name]):
                 moves.setdefault(site.place.module, []).append((arm, site))
         self._moves = {module: tuple(of_module) for module, of_module in moves.items()}
         self._forwards = {

@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """A live server; it starts once, in about 20 seconds."""
-    from server import Server
+    from live_server import Server
 
     live = Server(tmp_path_factory.mktemp("comfyui"), COMFYUI_DIR)
     try:

@@ -60,7 +60,9 @@ class Server:
         ]  # fmt: skip
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACTMAPS_PRESETS": str(base / "presets")}
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, cwd=comfyui, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            self.process = subprocess.Popen(
+                command, cwd=comfyui, stdout=log, stderr=subprocess.STDOUT, env=environment
+            )
 
     def wait(self, seconds: float = 180) -> None:
         """Until the server answers."""
