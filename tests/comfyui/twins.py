@@ -8,6 +8,7 @@ import comfy.sd1_clip
 import comfy.supported_models
 import comfy.utils
 import torch
+from comfy.model_base import BaseModel
 from comfy.sdxl_clip import SDXLClipG
 from comfy.text_encoders.llama import Gemma2_2B, Llama2
 from comfy.text_encoders.t5 import T5
@@ -48,6 +49,7 @@ class Twins:
     run_theirs: Callable[[], Tensor]
     run_ours: Callable[[], Tensor]
     component: nn.Module
+    model: BaseModel | None = None
 
 
 def random(*shape, seed=0):
@@ -142,14 +144,14 @@ def sdxl() -> Twins:
         transformer_layers_per_block=(1, 2),
         use_linear_projection=True,
         addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=20 + 6 * 8,
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=20 + 6 * 256,
     )
     config = {
         "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 64, "num_res_blocks": [2, 2],
         "channel_mult": [1, 2], "transformer_depth": [0, 0, 2, 2], "transformer_depth_middle": 2,
         "transformer_depth_output": [0, 0, 0, 2, 2, 2], "context_dim": 32, "use_spatial_transformer": True, "legacy": False,
-        "use_linear_in_transformer": True, "adm_in_channels": 68, "num_classes": "sequential", "use_temporal_attention": False,
+        "use_linear_in_transformer": True, "adm_in_channels": 1556, "num_classes": "sequential", "use_temporal_attention": False,
     }  # fmt: skip
     return _unets(unet, comfy.supported_models.SDXL, config, context=32, pooled=20)
 
@@ -174,6 +176,7 @@ def _unets(unet, kind, config, context, pooled=0) -> Twins:
         lambda: unet(x, t, encoder_hidden_states=text, **kwargs).sample,
         lambda: model.diffusion_model(x, t, context=text, y=y),
         unet,
+        model,
     )
 
 
@@ -212,7 +215,9 @@ def flux() -> Twins:
         finally:
             text_tokens.reset(token)
 
-    return Twins(find_places({"transformer": transformer}), denoiser_places(model), run_theirs, run_ours, transformer)
+    return Twins(
+        find_places({"transformer": transformer}), denoiser_places(model), run_theirs, run_ours, transformer, model
+    )
 
 
 def sd3() -> Twins:
@@ -243,6 +248,7 @@ def sd3() -> Twins:
         lambda: transformer(x, encoder_hidden_states=text, pooled_projections=pooled, timestep=t).sample,
         lambda: model.diffusion_model(x, t, context=text, y=pooled),
         transformer,
+        model,
     )
 
 
