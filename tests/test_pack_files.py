@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -105,6 +106,16 @@ def test_workflows_that_need_other_models_say_so():
         text = path.read_text()
         needs = any(kind in text for kind in ("CheckpointLoaderSimple", "UNETLoader"))
         assert needs == ("**Needs**" in text) == (path.stem in ("sdxl-style", "flux-style"))
+
+
+def test_templates_that_run_without_a_download_have_a_small_thumbnail():
+    thumbnails = {path.stem for path in (ROOT / "workflows").glob("*.jpg")}
+    assert thumbnails == {path.stem for path in WORKFLOWS} - {"sdxl-style", "flux-style"}
+    for name in thumbnails:
+        path = ROOT / "workflows" / f"{name}.jpg"
+        with Image.open(path) as picture:
+            assert (picture.format, picture.size) == ("JPEG", (400, 400))
+        assert path.stat().st_size < 60_000
 
 
 # Help pages

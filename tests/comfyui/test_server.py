@@ -91,6 +91,14 @@ def test_help_pages_pictures_templates_and_translations_are_served(server):
     translations = server.get("/i18n")
     assert {"en", "de", "zh"} <= set(translations)
     assert translations["de"]["nodeDefs"]["ACTFitMap"]["display_name"] == "AcT-Map anpassen"
+    for kind, english in translations["en"]["nodeDefs"].items():
+        node = server.get("/object_info")[kind]
+        inputs = {**node["input"].get("required", {}), **node["input"].get("optional", {})}
+        assert english["display_name"] == node["display_name"]
+        assert english["description"] == node["description"]
+        assert {name: item["tooltip"] for name, item in english.get("inputs", {}).items()} == {
+            name: spec[1]["tooltip"] for name, spec in inputs.items()
+        }
 
 
 # Templates
