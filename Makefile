@@ -1,5 +1,6 @@
 # make demo    fit a style and a negation on the bundled model, write maps and pictures to actmaps-demo/
 # make test    run the tests
+# make test-comfyui COMFYUI_DIR=...  install ComfyUI's requirements too and run the tests against it
 # make check   ruff and mypy
 # Each sets up a virtual environment in .venv first; PYTHON=python3.12 chooses another interpreter.
 
@@ -7,8 +8,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
+TORCHVISION ?= torchvision==0.28.0
 
-.PHONY: demo test check bench docs clean
+.PHONY: demo test test-comfyui check bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -16,6 +18,14 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(BIN)/pytest
+
+# ComfyUI's requirements would exchange torch for the build that their torchvision wants.
+test-comfyui: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet --no-deps "$(TORCHVISION)" torchsde trampoline
+	grep -vE '^torch' "$(COMFYUI_DIR)/requirements.txt" > $(VENV)/comfyui-requirements.txt
+	$(BIN)/python -c 'import torch; print("torch==" + torch.__version__)' > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet requests -r $(VENV)/comfyui-requirements.txt -c $(VENV)/constraints.txt
+	COMFYUI_DIR="$(abspath $(COMFYUI_DIR))" $(BIN)/pytest
 
 # mypy wants the package under its own name, whatever this folder is called.
 check: $(VENV)/.installed-test

@@ -32,7 +32,7 @@ class DemoLatent(comfy.latent_formats.LatentFormat):
     latent_channels = 8
 
 
-class DemoConfig(comfy.supported_models.SD15):
+class DemoModel(comfy.supported_models.SD15):
     """Stable Diffusion 1.5 at the demo's size, with velocity prediction and no signal at the last timestep."""
 
     latent_format = DemoLatent
@@ -111,7 +111,7 @@ def _load_model() -> ModelPatcher:
     config = _config("unet")
     widths, layers = config["block_out_channels"], config["layers_per_block"]
     levels = len(widths)
-    demo = DemoConfig(
+    demo = DemoModel(
         {
             "image_size": config["sample_size"],
             "in_channels": config["in_channels"],
