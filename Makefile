@@ -17,7 +17,7 @@ demo: $(VENV)/.installed
 	$(BIN)/actmaps demo --output actmaps-demo
 
 test: $(VENV)/.installed-test
-	$(BIN)/pytest
+	$(BIN)/pytest $(ARGS)
 
 # ComfyUI's requirements would exchange torch for the build that their torchvision wants.
 test-comfyui: $(VENV)/.installed-test
@@ -25,7 +25,7 @@ test-comfyui: $(VENV)/.installed-test
 	grep -vE '^torch' "$(COMFYUI_DIR)/requirements.txt" > $(VENV)/comfyui-requirements.txt
 	$(BIN)/python -c 'import torch; print("torch==" + torch.__version__)' > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install --quiet requests -r $(VENV)/comfyui-requirements.txt -c $(VENV)/constraints.txt
-	COMFYUI_DIR="$(abspath $(COMFYUI_DIR))" $(BIN)/pytest
+	COMFYUI_DIR="$(abspath $(COMFYUI_DIR))" $(BIN)/pytest $(ARGS)
 
 # mypy wants the package under its own name, whatever this folder is called.
 check: $(VENV)/.installed-test

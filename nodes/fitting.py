@@ -192,14 +192,10 @@ class Fit:
         wanted = _wanted_sites(encoders, denoiser, sites, pattern)
         of_encoders = [site for site in wanted if site in encoders]
         of_denoiser = [site for site in wanted if site in denoiser]
-        whole, half = _Share(self.report, 0.0, 1.0), 0.15 if of_encoders and of_denoiser else float(bool(of_encoders))
-        start, end = self.window
-        steps = [
-            int((start + (end - start) * i / self.timesteps) * self.sampling.steps) for i in range(self.timesteps)
-        ]
+        steps = self._steps() if of_denoiser else []
         metadata = ActMapMetadata(
             name=name,
-            timesteps=tuple(step / self.sampling.steps for step in dict.fromkeys(steps)) if of_denoiser else (),
+            timesteps=tuple(step / self.sampling.steps for step in steps),
             window=self.window,
             rows="both" if self.rows == "both" else "cond",
             latents=self.latents,
@@ -209,18 +205,24 @@ class Fit:
             n_target=len(prompts["target"]),
             prompts_hash=hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
         )
+        turn = 0.15 if of_denoiser else 1.0  # where progress passes from the encoders to the denoiser
         fitted: ActMap | None = None
         with torch.compiler.set_stance("force_eager"):
             if of_encoders:
-                fitted = self._fit_encoders(encoders, of_encoders, prompts, metadata, _Share(whole, 0.0, half))
+                fitted = self._fit_encoders(encoders, of_encoders, prompts, metadata, _Share(self.report, 0.0, turn))
             if of_denoiser:
                 steered = self.clip if fitted is None else steered_clip(self.clip, fitted, 1.0)
-                part = self._fit_denoiser(
-                    of_denoiser, prompts, steered, list(dict.fromkeys(steps)), metadata, _Share(whole, half, 1.0)
-                )
+                share = _Share(self.report, 0.0 if fitted is None else turn, 1.0)
+                part = self._fit_denoiser(of_denoiser, prompts, steered, steps, metadata, share)
                 fitted = part if fitted is None else _joined(fitted, part)
         assert fitted is not None
         return fitted
+
+    def _steps(self) -> list[int]:
+        """The steps of the sampling run at which the denoiser is looked at."""
+        start, end = self.window
+        fractions = (start + (end - start) * i / self.timesteps for i in range(self.timesteps))
+        return list(dict.fromkeys(int(fraction * self.sampling.steps) for fraction in fractions))
 
     def _fit_encoders(
         self,
