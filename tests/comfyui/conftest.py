@@ -42,6 +42,24 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.comfyui)
 
 
+@pytest.fixture(scope="module")
+def demo():
+    """MODEL, CLIP and VAE of the demo model."""
+    from actmaps.nodes.demo_model import load_demo_model
+
+    return load_demo_model()
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    """The demo model in diffusers."""
+    from actmaps.demo import load_pipeline
+
+    pipe = load_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """A live server; it starts once, in about 20 seconds."""

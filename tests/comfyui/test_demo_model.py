@@ -4,22 +4,10 @@ import comfy.sample
 import pytest
 import torch
 
-from actmaps.demo import STYLES, load_judges, load_pipeline
+from actmaps.demo import STYLES, load_judges
 from actmaps.nodes import demo_model
 from actmaps.nodes.demo_model import load_demo_model
 from runs import encode
-
-
-@pytest.fixture(scope="module")
-def demo():
-    return load_demo_model()
-
-
-@pytest.fixture(scope="module")
-def pipeline():
-    pipe = load_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def relative(one, other):

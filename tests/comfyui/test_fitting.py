@@ -6,8 +6,6 @@ import pytest
 import torch
 
 from actmaps import ActMap, find_sites
-from actmaps.demo import load_pipeline
-from actmaps.nodes.demo_model import load_demo_model
 from actmaps.nodes.fit import ACTFitMap, ACTPresetPrompts, summary
 from actmaps.nodes.fitting import Fit, Sampling, _chunks
 from actmaps.nodes.inspection import ACTInspectMap
@@ -17,18 +15,6 @@ from runs import hooks, instance_forwards, sample, strong_map
 SOURCE = ["red apple", "cat face", "house", "green tree"]
 TARGET = [f"{subject}, neon sign" for subject in SOURCE]
 LATENT = {"samples": torch.zeros(1, 4, 8, 8)}
-
-
-@pytest.fixture(scope="module")
-def demo():
-    return load_demo_model()
-
-
-@pytest.fixture(scope="module")
-def pipeline():
-    pipe = load_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def node(demo, source=SOURCE, target=TARGET, **options):

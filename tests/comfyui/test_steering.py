@@ -19,11 +19,6 @@ from runs import SUBJECT, hooks, instance_forwards, sample, strong_map
 
 
 @pytest.fixture(scope="module")
-def demo():
-    return load_demo_model()
-
-
-@pytest.fixture(scope="module")
 def model(demo):
     return demo[0]
 
