@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,7 +32,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from actmaps.maps import ESTIMATORS, ActMap, AffineMap, find_sites, fit_map, steer
+from actmaps.maps import ESTIMATORS, METHODS, ActMap, AffineMap, Method, find_sites, fit_map, steer
+from actmaps.maps.methods import TRANSPORTS
 from actmaps.maps.pooling import samples
 from actmaps.maps.sites import resolve
 
@@ -102,20 +103,15 @@ class Stopwatch:
             self.cpu += time.process_time() - cpu
 
 
-@contextmanager
-def timed_estimator(method: str, watch: Stopwatch) -> Iterator[None]:
-    """Count the time that the estimator takes: sorting and solving, for all sites."""
-    plain = ESTIMATORS[method]
+def timed_method(name: str, watch: Stopwatch) -> Method:
+    """The method, counting the time that its estimator takes: sorting and solving, for all sites."""
+    method = METHODS[name]
 
     def timed(source: Tensor, target: Tensor) -> AffineMap:
         with watch.running():
-            return plain(source, target)
+            return method.estimator(source, target)
 
-    ESTIMATORS[method] = timed
-    try:
-        yield
-    finally:
-        ESTIMATORS[method] = plain
+    return replace(method, estimator=timed)
 
 
 @torch.no_grad()
@@ -187,8 +183,9 @@ def measure(name: str, prompts: int, batch_size: int, repeats: int, reference_si
         plain, ours, estimators = Stopwatch(), Stopwatch(), Stopwatch()
         with plain.running():
             plain_passes(model, batches)
-        with timed_estimator(method, estimators), ours.running():
-            act_map = fit_map(model, **batches, method=method, positions=POSITIONS, progress=False)
+        with ours.running():
+            timed = timed_method(method, estimators)
+            act_map = fit_map(model, **batches, method=timed, positions=POSITIONS, progress=False)
         times.append((plain, ours, estimators))
     assert act_map is not None
     assert len(act_map) == len(find_sites(model))
@@ -302,7 +299,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=32, help="source and target prompts together")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--method", choices=list(ESTIMATORS), default="linear")
+    parser.add_argument("--method", choices=TRANSPORTS, default="linear")
     parser.add_argument("--reference-sites", type=int, default=4, help="sites on which the pass per site is measured")
     parser.add_argument("--memory-prompts", type=int, nargs="*", default=[64, 256, 1024])
     parser.add_argument("--threads", type=int, default=None)

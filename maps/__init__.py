@@ -2,9 +2,20 @@
 
 from .act_map import ActMap, ActMapMetadata
 from .affine import AffineMap
-from .estimators import ESTIMATORS
 from .fitting import fit_map
+from .methods import ESTIMATORS, METHODS, Method
 from .sites import find_sites
 from .steering import Steering, steer
 
-__all__ = ["ESTIMATORS", "ActMap", "ActMapMetadata", "AffineMap", "Steering", "find_sites", "fit_map", "steer"]
+__all__ = [
+    "ESTIMATORS",
+    "METHODS",
+    "ActMap",
+    "ActMapMetadata",
+    "AffineMap",
+    "Method",
+    "Steering",
+    "find_sites",
+    "fit_map",
+    "steer",
+]

@@ -106,6 +106,11 @@ class AffineMap:
         """Number of units C."""
         return self.scale.shape[0]
 
+    @property
+    def unit_mask(self) -> Tensor:
+        """Which units the map moves at all: bool (C,)."""
+        return (self.scale != 1) | (self.shift != 0)
+
     def at(self, strength: float) -> AffineMap:
         """The map at a strength: displacement interpolation, exactly the identity at 0 and this map at 1 (section 3.2)."""
         scale = torch.lerp(torch.ones_like(self.scale), self.scale, strength)

@@ -6,7 +6,7 @@ All units are solved at once, in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -39,24 +39,25 @@ def linear(source: Tensor, target: Tensor) -> AffineMap:
     Raises:
         ValueError: for too few samples, mismatched C, NaN or infinite entries.
     """
-    _check(source, target, 2, "linear")
+    check_samples(source, target, 2, "linear")
     return _solve(source, target, lambda a, b: _rank_covariance(a, b) / a.square().mean(-1), ordered=True)
 
 
 def mean(source: Tensor, target: Tensor) -> AffineMap:
     """Mean-AcT (paper, section 3.3): scale 1, shift mean_b - mean_a. Arguments as for `linear`, n and m >= 1."""
-    _check(source, target, 1, "mean")
+    check_samples(source, target, 1, "mean")
     shift = target.mean(0, dtype=torch.float64) - source.mean(0, dtype=torch.float64)
     return AffineMap(torch.ones_like(shift), shift)
 
 
 def gaussian(source: Tensor, target: Tensor) -> AffineMap:
     """Optimal transport between Gaussians: scale std_b / std_a, shift mean_b - scale * mean_a. Arguments as for `linear`."""
-    _check(source, target, 2, "gaussian")
+    check_samples(source, target, 2, "gaussian")
     return _solve(source, target, lambda a, b: _std(b) / _std(a), ordered=False)
 
 
-def _check(source: Tensor, target: Tensor, at_least: int, method: str) -> None:
+def check_samples(source: Tensor, target: Tensor, at_least: int, method: str) -> None:
+    """Raise ValueError for too few samples, unequal unit counts, NaN or infinite entries."""
     if source.ndim != 2 or target.ndim != 2 or source.shape[1] != target.shape[1]:
         raise ValueError(
             f"samples must be (n, C) and (m, C) with the same C, got {tuple(source.shape)} and {tuple(target.shape)}"
@@ -76,10 +77,8 @@ def _solve(source: Tensor, target: Tensor, slopes: Callable[[Tensor, Tensor], Te
 
     `slopes` gets the centred samples of some units, (C', n) and (C', m) in float64, sorted if `ordered`.
     """
-    width = max(1, _BLOCK // (len(source) + len(target)))
     parts = []
-    for some_source, some_target in zip(source.split(width, dim=1), target.split(width, dim=1), strict=True):
-        a, b = _by_unit(some_source, ordered), _by_unit(some_target, ordered)
+    for a, b in unit_blocks(source, target, ordered=ordered):
         mean_a, mean_b = a.mean(-1), b.mean(-1)
         a, b = a.sub_(mean_a[:, None]), b.sub_(mean_b[:, None])
         std_a, std_b = _std(a), _std(b)
@@ -87,6 +86,13 @@ def _solve(source: Tensor, target: Tensor, slopes: Callable[[Tensor, Tensor], Te
         scale = torch.where(dead, 1.0, slopes(a, b))
         parts.append(torch.stack([scale, mean_b - scale * mean_a]))
     return AffineMap(*torch.cat(parts, dim=1))
+
+
+def unit_blocks(source: Tensor, target: Tensor, *, ordered: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
+    """Samples (n, C) and (m, C) some units at a time: float64 copies (C', n) and (C', m), every unit sorted if `ordered`."""
+    width = max(1, _BLOCK // (len(source) + len(target)))
+    for some_source, some_target in zip(source.split(width, dim=1), target.split(width, dim=1), strict=True):
+        yield _by_unit(some_source, ordered), _by_unit(some_target, ordered)
 
 
 def _by_unit(samples: Tensor, ordered: bool) -> Tensor:
@@ -115,9 +121,6 @@ def _rank_covariance(a: Tensor, b: Tensor) -> Tensor:
     grid = torch.cat([ends_a, ends_b]).unique()
     weights = grid.diff(prepend=grid.new_zeros(1)).double() / (n * m)
     return (a[:, torch.searchsorted(ends_a, grid)] * b[:, torch.searchsorted(ends_b, grid)]) @ weights
-
-
-ESTIMATORS: dict[str, Estimator] = {"linear": linear, "mean": mean, "gaussian": gaussian}
 
 
 def check_support(support: str | tuple[float, float]) -> None:

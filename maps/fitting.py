@@ -30,9 +30,10 @@ from tqdm import tqdm
 
 from .act_map import ActMap, ActMapMetadata
 from .affine import AffineMap, transport
-from .estimators import ESTIMATORS, check_support, support_bounds, transport_costs
+from .estimators import Estimator, check_support, support_bounds, transport_costs
 from .hooks import attach
 from .memory import available_memory
+from .methods import Method, as_method
 from .offload import Offload
 from .places import Place, Steerable, as_components, class_names, evaluating, is_places, roots
 from .pooling import POOLINGS, samples
@@ -51,12 +52,12 @@ def fit_map(
     *,
     sites: str | Sequence[str] | None = None,
     forward: Forward | None = None,
-    method: str = "linear",
-    pooling: str = "none",
+    method: str | Method = "linear",
+    pooling: str | None = None,
     positions: int | None = 64,
-    support: str | tuple[float, float] = "all",
+    support: str | tuple[float, float] | None = None,
     spatial: str = "affine",
-    causal: bool = True,
+    causal: bool | None = None,
     transport_target: bool = False,
     batch_size: int | None = None,
     seed: int = 0,
@@ -73,8 +74,9 @@ def fit_map(
             numbers may differ. An `attention_mask` (B, T) in a mapping keeps padding out of the samples.
         sites: see `find_sites`; None takes all normalisation layers.
         forward: runs the model on a micro-batch; default `model(**batch)` for mappings, else `model(batch)`.
-        method: a key of `ESTIMATORS`.
-        pooling: "none" (every token or pixel is a sample), "mean", "last", "max" or "min"; see `pooling.samples`.
+        method: a key of `METHODS`, or a `Method` of your own. Pooling, support and causality default to the method's conventions.
+        pooling: "none" (every token or pixel is a sample, the default for transport maps), "mean", "last", "max" or "min"; see
+            `pooling.samples`.
         positions: with pooling "none", positions drawn per prompt and site (seeded); None takes all.
         support: "all", "observed" or quantiles (low, high) of the source samples, outside which nothing is moved.
         spatial: how NCHW outputs are moved: "affine" every position by the map, "shift" all by one constant.
@@ -96,7 +98,11 @@ def fit_map(
             (naming the site), or micro-batches that take different paths through the model.
         MemoryError: when the waiting micro-batches would exhaust the memory; says what to lower.
     """
-    _check_modes(method, pooling, positions, support, spatial)
+    method = as_method(method)
+    pooling = method.pooling if pooling is None else pooling
+    support = method.support if support is None else support
+    causal = method.causal if causal is None else causal
+    _check_modes(pooling, positions, support, spatial)
     places = resolve(model, find_sites(model, sites), "the list of sites")
     sides = {
         "source": _micro_batches(source, batch_size, "source"),
@@ -113,7 +119,7 @@ def fit_map(
 
     fit = _Fit(
         sample=sample,
-        estimator=ESTIMATORS[method],
+        estimator=method.estimator,
         support=support,
         spatial=spatial,
         moved_sides=() if not causal else ("source", "target") if transport_target else ("source",),
@@ -142,7 +148,7 @@ def fit_map(
         replace(
             metadata,
             created=metadata.created or datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            method=method,
+            method=method.name,
             pooling=pooling,
             positions=positions if pooling == "none" else None,
             support=support if isinstance(support, str) else (support[0], support[1]),
@@ -239,7 +245,7 @@ class _Fit:
     """State of one fit. `moved_sides` are those whose activations the fitted maps move on the way."""
 
     sample: Callable[[Tensor, Place, str, Tensor | None], Tensor]
-    estimator: Callable[[Tensor, Tensor], AffineMap]
+    estimator: Estimator
     support: str | tuple[float, float]
     spatial: str
     moved_sides: tuple[str, ...]
@@ -348,14 +354,8 @@ class _MemoryGuard:
             )
 
 
-def _check_modes(
-    method: str, pooling: str, positions: int | None, support: str | tuple[float, float], spatial: str
-) -> None:
-    for value, name, known in (
-        (method, "method", tuple(ESTIMATORS)),
-        (pooling, "pooling", POOLINGS),
-        (spatial, "spatial", SPATIAL_RULES),
-    ):
+def _check_modes(pooling: str, positions: int | None, support: str | tuple[float, float], spatial: str) -> None:
+    for value, name, known in ((pooling, "pooling", POOLINGS), (spatial, "spatial", SPATIAL_RULES)):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
     if positions is not None and positions < 1:

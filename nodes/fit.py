@@ -15,7 +15,8 @@ from comfy.sd import CLIP
 from comfy.utils import ProgressBar
 from comfy_api.latest import io
 
-from ..maps import ESTIMATORS, ActMap
+from ..maps import ActMap
+from ..maps.methods import TRANSPORTS
 from ..maps.pooling import POOLINGS
 from ..maps.presets import list_presets, load_preset
 from .fitting import SITES, Fit, Sampling
@@ -66,7 +67,7 @@ class ACTFitMap(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "method",
-                    options=sorted(ESTIMATORS, key=lambda m: m != "linear"),
+                    options=list(TRANSPORTS),
                     default="linear",
                     tooltip="How the two sets are matched. linear: the optimal transport map of Activation Transport. "
                     "mean: shifts only. gaussian: by mean and spread.",
