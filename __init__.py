@@ -7,8 +7,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .maps import ESTIMATORS, ActMap, ActMapMetadata, AffineMap, Steering, find_sites, fit_map, steer
-    from .pipelines import ACTMixin, StableDiffusionACTPipeline
+    from .maps import (
+        ESTIMATORS,
+        METHODS,
+        ActMap,
+        ActMapMetadata,
+        AffineMap,
+        Method,
+        Steering,
+        find_sites,
+        fit_map,
+        steer,
+    )
+    from .pipelines import ACTMixin, StableDiffusionACTPipeline, TextGenerationACTPipeline
 
 __version__ = "0.1.0"
 
@@ -17,20 +28,27 @@ WEB_DIRECTORY = "./web"
 
 _HOME = {
     **dict.fromkeys(
-        ("ESTIMATORS", "ActMap", "ActMapMetadata", "AffineMap", "Steering", "find_sites", "fit_map", "steer"), ".maps"
+        (
+            *("ESTIMATORS", "METHODS", "ActMap", "ActMapMetadata", "AffineMap", "Method", "Steering"),
+            *("find_sites", "fit_map", "steer"),
+        ),
+        ".maps",
     ),
-    **dict.fromkeys(("ACTMixin", "StableDiffusionACTPipeline"), ".pipelines"),
+    **dict.fromkeys(("ACTMixin", "StableDiffusionACTPipeline", "TextGenerationACTPipeline"), ".pipelines"),
 }
 
 __all__ = [
     "ESTIMATORS",
+    "METHODS",
     "WEB_DIRECTORY",
     "ACTMixin",
     "ActMap",
     "ActMapMetadata",
     "AffineMap",
+    "Method",
     "StableDiffusionACTPipeline",
     "Steering",
+    "TextGenerationACTPipeline",
     "comfy_entrypoint",
     "find_sites",
     "fit_map",

@@ -23,6 +23,7 @@ class ActMapMetadata:
         timesteps: fractions of the sampling run that were recorded (0 = pure noise); empty for text models.
         window: part of the sampling run, as fractions of its steps, in which the map acts on the denoiser.
         latents: whose sampling runs they are: "own", "source" or "target".
+        scope: which tokens a language model's map moves: "all", "generated" or "last" (of the prompt).
         rows: "cond" steers the conditional rows of classifier-free guidance only, "both" all rows.
         architecture: class name per component, for example {"unet": "UNet2DConditionModel"}.
         model_name: name or path of the model that the map was fitted on.
@@ -48,6 +49,7 @@ class ActMapMetadata:
     window: tuple[float, float] = (0.0, 1.0)
     latents: str = "own"
     rows: str = "cond"
+    scope: str = "all"
     architecture: Mapping[str, str] = field(default_factory=dict)
     model_name: str = ""
     n_source: int = 0

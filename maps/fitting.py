@@ -71,7 +71,8 @@ def fit_map(
     Args:
         model: a module, {component name: module} for a pipeline of several, or {site name: `Place`}.
         source, target: micro-batches of the two prompt sets, what the model does now and what it should do. Unpaired; the
-            numbers may differ. An `attention_mask` (B, T) in a mapping keeps padding out of the samples.
+            numbers may differ. An `attention_mask` (B, T) in a mapping keeps padding out of the samples; a `sample_mask` (B, T),
+            which is for a `forward` of your own, comes before it and may leave out other tokens too.
         sites: see `find_sites`; None takes all normalisation layers.
         forward: runs the model on a micro-batch; default `model(**batch)` for mappings, else `model(batch)`.
         method: a key of `METHODS`, or a `Method` of your own. Pooling, support and causality default to the method's conventions.
@@ -172,7 +173,8 @@ class _MicroBatch(greenlet):
         super().__init__()
         self.gr_context = copy_context()
         self.forward, self.batch, self.side, self.offload = forward, batch, side, offload
-        self.mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        masks = batch if isinstance(batch, Mapping) else {}
+        self.mask = masks.get("sample_mask", masks.get("attention_mask"))
         self.modes = _Modes.current()  # those of the fit, until the forward waits within others
         self.site: str | None = None
         self.pooled: Tensor | None = None

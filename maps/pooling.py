@@ -41,7 +41,8 @@ def samples(
         raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
     if x.ndim == 2:
         return x.float()
-    real = None if mask is None else _real_positions(mask, x, channel_dim)
+    real = None if mask is None else position_mask(mask, x, channel_dim)
+    real = None if real is None else real.flatten(1)
     x = x.movedim(channel_dim, -1).flatten(1, -2)
     rows, count = x.shape[:2]
     if pooling == "none":
@@ -68,8 +69,8 @@ def samples(
     return x.masked_fill(~keep, torch.inf).amin(1)
 
 
-def _real_positions(mask: Tensor, x: Tensor, channel_dim: int) -> Tensor | None:
-    """`mask` (B, T) as (B, positions) for the flattened positions of `x`; None where `x` has no token dimension."""
+def position_mask(mask: Tensor, x: Tensor, channel_dim: int) -> Tensor | None:
+    """`mask` (B, T) over the positions of `x`: its shape without the units; None where `x` has no token dimension."""
     channels_last = channel_dim % x.ndim == x.ndim - 1
     if mask.ndim != 2 or len(mask) != len(x) or not (channels_last or x.ndim == 3):
         return None
@@ -78,7 +79,7 @@ def _real_positions(mask: Tensor, x: Tensor, channel_dim: int) -> Tensor | None:
     if tokens is None:
         return None
     by_token = [size if dim in (0, tokens) else 1 for dim, size in enumerate(shape)]
-    return mask.to(x.device, torch.bool).view(by_token).expand(shape).flatten(1)
+    return mask.to(x.device, torch.bool).view(by_token).expand(shape)
 
 
 def _drawn(x: Tensor, real: Tensor | None, positions: int, seed: int, site: str) -> Tensor:

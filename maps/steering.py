@@ -16,6 +16,7 @@ from .act_map import ActMap
 from .affine import AffineMap, transport
 from .hooks import attach
 from .places import Place, Steerable
+from .pooling import position_mask
 from .sites import read_activations, resolve
 
 
@@ -25,6 +26,7 @@ def steer(
     strength: float = 1.0,
     *,
     rows: Tensor | None = None,
+    tokens: Tensor | None = None,
 ) -> Steering:
     """Steer `model` with a map, or with several one after the other, until `remove()` or the end of the `with` block.
 
@@ -35,6 +37,7 @@ def steer(
             maps it multiplies their strengths.
         rows: optional factors (B,) on the strength of each batch row, for example 0 for the unconditional rows of
             classifier-free guidance; also settable later as `Steering.rows`.
+        tokens: optional bool mask (B, T) or (1, T), true at the tokens that are moved; also settable later as `Steering.tokens`.
 
     Returns:
         A `Steering`, which is a context manager and a handle.
@@ -52,18 +55,23 @@ def steer(
     if not strengths:
         raise ValueError("no act map to steer with")
     arms = {armed: ArmedMap(armed, model) for armed in strengths}
-    return Steering(arms, {armed: strength * own for armed, own in strengths.items()}, rows)
+    return Steering(arms, {armed: strength * own for armed, own in strengths.items()}, rows, tokens)
 
 
 class Steering:
     """Maps armed on a model. Leaving the `with` block or `remove()` restores the model; both may be repeated."""
 
     def __init__(
-        self, arms: Mapping[ActMap, ArmedMap], strengths: Mapping[ActMap, float], rows: Tensor | None
+        self,
+        arms: Mapping[ActMap, ArmedMap],
+        strengths: Mapping[ActMap, float],
+        rows: Tensor | None,
+        tokens: Tensor | None,
     ) -> None:
         self._arms = dict(arms)
         self._detach = []
         self.rows = rows
+        self.tokens = tokens
         self.strength = strengths
         for arm in self._arms.values():
             for site in arm.sites:
@@ -93,6 +101,17 @@ class Steering:
         self._rows = rows
         for arm in self._arms.values():
             arm.rows = rows
+
+    @property
+    def tokens(self) -> Tensor | None:
+        """Mask (B, T) or (1, T) of the tokens that are moved; None moves all."""
+        return self._tokens
+
+    @tokens.setter
+    def tokens(self, tokens: Tensor | None) -> None:
+        self._tokens = tokens
+        for arm in self._arms.values():
+            arm.tokens = tokens
 
     @staticmethod
     def _at_site(arm: ArmedMap, site: ArmedSite, _module: nn.Module, output: Any) -> Any:
@@ -150,6 +169,7 @@ class ArmedMap:
         self._identity = torch.tensor([[1.0], [-0.0]]).expand_as(self._full)
         self._strength = 0.0
         self._rows: Tensor | None = None
+        self.tokens: Tensor | None = None
         # By device, of each site: scale and shift (units,), or (rows, units) with row factors; and lower and upper (units,).
         self._moves: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
         self._supports: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
@@ -203,7 +223,8 @@ class ArmedMap:
         """The `output` of the site's module with its activations moved.
 
         Raises:
-            ValueError: if they are no tensor, have another number of units, or rows that the row factors do not divide.
+            ValueError: if they are no tensor, have another number of units, rows that the row factors do not divide, or tokens
+                that the token mask does not fit.
         """
         x = read_activations(site.place, output, site.name)
         dim = site.place.channel_dim(x)
@@ -218,7 +239,23 @@ class ArmedMap:
             )
         lower, upper = self._supports[device][site.number] if site.bounded else (None, None)
         moved = transport(x, scale, shift, lower, upper, channel_dim=dim, spatial=self.spatial)
+        if self.tokens is not None:
+            moved = torch.where(self._moved_positions(site.name, x, dim), moved, x)
         return site.place.write(output, moved)
+
+    def _moved_positions(self, site: str, x: Tensor, channel_dim: int) -> Tensor:
+        """The token mask in the shape of `x`, with one unit. Rows of the mask stand for equally large groups."""
+        tokens = self.tokens
+        assert tokens is not None
+        if x.shape[0] % len(tokens) == 0:
+            tokens = tokens.repeat_interleave(x.shape[0] // len(tokens), 0)
+        positions = position_mask(tokens, x, channel_dim)
+        if positions is None:
+            raise ValueError(
+                f"{site} has activations of shape {tuple(x.shape)}, in which the {tokens.shape[1]} tokens of the token mask "
+                "cannot be told apart; steer all tokens there, or leave the site out"
+            )
+        return positions.unsqueeze(channel_dim)
 
     def _check_units(self, site: str, fitted: int, found: int | None, module: nn.Module) -> None:
         if found is not None and found != fitted:

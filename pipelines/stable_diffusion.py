@@ -16,7 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..maps import ActMap, ActMapMetadata, find_sites, fit_map
-from .mixin import ACTMixin, as_prompts
+from .loader import as_prompts
+from .mixin import ACTMixin
 
 
 class StableDiffusionACTPipeline(ACTMixin, StableDiffusionPipeline):

@@ -15,16 +15,16 @@ from .strength import ComponentStrength, Strength, component_strength
 
 
 @dataclass
-class _Armed:
-    """One component of one map, armed for the call."""
+class ArmedComponent:
+    """One component of one map, armed for a call."""
 
     component: str
     steering: Steering
     strength: ComponentStrength
-    cond_only: bool
-    window: tuple[float, float]
+    cond_only: bool = False
+    window: tuple[float, float] = (0.0, 1.0)
 
-    def set(self, step: int, steps: int, guided: bool) -> None:
+    def set(self, step: int, steps: int, guided: bool = False) -> None:
         """Set strength and rows for a step; `guided` says that the batch is [unconditional, conditional]."""
         strength, rows = self.strength, None
         if not self.window[0] <= step / steps < self.window[1]:
@@ -65,7 +65,7 @@ class SteeredCall:
         self._denoiser = components[denoiser]
         self._guided, self._steps = guided, steps
         self._step, self._timestep = -1, None
-        self._armed: list[_Armed] = []
+        self._armed: list[ArmedComponent] = []
         try:
             for act_map, strength in maps.items():
                 for component in act_map.components:
@@ -74,7 +74,9 @@ class SteeredCall:
                     steering = steer(components, part)
                     # A text encoder runs once, before the first step: the window is the denoiser's.
                     window = act_map.metadata.window if component == denoiser else (0.0, 1.0)
-                    self._armed.append(_Armed(component, steering, own, act_map.metadata.rows == "cond", window))
+                    self._armed.append(
+                        ArmedComponent(component, steering, own, act_map.metadata.rows == "cond", window)
+                    )
         except BaseException:
             self.remove()
             raise

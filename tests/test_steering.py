@@ -423,3 +423,33 @@ def test_units_that_only_the_forward_tells_are_checked_there():
         pytest.raises(ValueError, match=r"was fitted on 5 units at model\.0, this model has 1 there \(Identity\)"),
     ):
         model(X)
+
+
+# Tokens
+
+
+def test_only_the_chosen_tokens_move():
+    x = torch.ones(2, 3, 1)
+    with steer(model := identity_model(), one_site(2.0, 1.0), tokens=torch.tensor([[True, False, True]])) as steering:
+        assert model(x).flatten().tolist() == [3, 1, 3, 3, 1, 3]
+        steering.tokens = torch.tensor([[False, False, True], [True, True, False]])
+        assert model(x).flatten().tolist() == [1, 1, 3, 3, 3, 1]
+        steering.tokens = None
+        assert model(x).flatten().tolist() == [3] * 6
+
+
+def test_token_masks_repeat_over_beams_and_heads():
+    tokens = torch.tensor([[True, False, False], [False, False, True]])
+    with steer(model := identity_model(), one_site(1.0, 1.0), tokens=tokens):
+        beams = model(torch.zeros(4, 3, 1))[..., 0]
+        heads = model(torch.zeros(2, 5, 3, 1))[..., 0]
+    assert beams.tolist() == [[1, 0, 0], [1, 0, 0], [0, 0, 1], [0, 0, 1]]
+    assert torch.equal(heads, tokens[:, None].expand(2, 5, 3).float())
+
+
+def test_a_token_mask_that_does_not_fit_is_refused_by_site():
+    with (
+        steer(model := identity_model(), one_site(1.0, 1.0), tokens=torch.ones(1, 4, dtype=torch.bool)),
+        pytest.raises(ValueError, match=r"model\.0 has activations of shape \(2, 3, 1\), in which the 4 tokens"),
+    ):
+        model(torch.zeros(2, 3, 1))

@@ -1,0 +1,95 @@
+"""One run of a language model with its active maps armed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..maps import ActMap, steer
+from .steered_call import ArmedComponent
+from .strength import Strength, component_strength
+
+# Which positions a map moves, given those of a forward and the length of the prompt, padding on its left included.
+SCOPES: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "all": lambda positions, _prompt: torch.ones_like(positions, dtype=torch.bool),
+    "generated": lambda positions, prompt: positions >= prompt,
+    "last": lambda positions, prompt: positions == prompt - 1,
+}
+
+
+def check_scope(scope: str) -> None:
+    """Raise ValueError unless `scope` is a key of `SCOPES`."""
+    if scope not in SCOPES:
+        raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}")
+
+
+class SteeredGeneration:
+    """Maps armed on a language model, which keeps strengths and moved tokens right from forward to forward.
+
+    Prefill and decoding steps, with a key-value cache or without, are told apart by the positions that each forward computes.
+
+    Args:
+        modules: {component name: module}, of which the one component is the language model.
+        maps: {map: strength}, applied in this order.
+        scopes: {map: key of `SCOPES`}; left out ones move all tokens.
+        prompt_length: tokens of the prompts, padding on the left included.
+        steps: how many tokens at most are generated, for strengths that are a function of the step.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        maps: Mapping[ActMap, Strength],
+        scopes: Mapping[ActMap, str],
+        prompt_length: int = 0,
+        steps: int = 1,
+    ) -> None:
+        ((component, self._model),) = modules.items()
+        self._prompt_length, self._steps, self._step = prompt_length, steps, 0
+        self._armed: list[tuple[ArmedComponent, str]] = []
+        try:
+            for act_map, strength in maps.items():
+                armed = ArmedComponent(component, steer(modules, act_map), component_strength(strength, component))
+                self._armed.append((armed, scopes.get(act_map, "all")))
+        except BaseException:
+            self.remove()
+            raise
+        self._handle = self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+
+    def _before_forward(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        positions = _positions(args, kwargs)
+        for armed, scope in self._armed:
+            armed.set(min(self._step, self._steps - 1), self._steps)
+            if scope == "all":
+                continue
+            moved = SCOPES[scope](positions, self._prompt_length)
+            armed.steering.tokens = None if moved.all() else moved[None]
+            if not moved.any():
+                armed.steering.strength = 0.0
+        self._step += 1
+
+    def remove(self) -> None:
+        """Restore the model."""
+        if hasattr(self, "_handle"):
+            self._handle.remove()
+        for armed, _ in self._armed:
+            armed.steering.remove()
+
+    def __enter__(self) -> SteeredGeneration:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def _positions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Positions of the tokens that a forward of a language model computes, counted from the start of the cache."""
+    inputs = args[0] if args else kwargs.get("input_ids")
+    inputs = kwargs["inputs_embeds"] if inputs is None else inputs
+    # The argument is called past_key_values or cache, by version and model.
+    cache = next((value for value in kwargs.values() if hasattr(value, "get_seq_length")), None)
+    start = 0 if cache is None else int(cache.get_seq_length())
+    return torch.arange(start, start + inputs.shape[1], device=inputs.device)
