@@ -39,6 +39,8 @@ class TextGenerationACTPipeline(ActMapLoaderMixin, TextGenerationPipeline):
         >>> pipe("I told him that", act_strength=0.8, max_new_tokens=30)
     """
 
+    tokenizer: Any  # never None here
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # Prompts of a batch end together, so that what follows is generated; see `SteeredGeneration`.
@@ -202,7 +204,7 @@ class TextGenerationACTPipeline(ActMapLoaderMixin, TextGenerationPipeline):
         with SteeredGeneration(self._act_modules, maps, {}):
             yield self.model
 
-    def __call__(
+    def __call__(  # type: ignore[override]
         self, text_inputs: Any, *, act_strength: Any = None, act_scope: str | None = None, **kwargs: Any
     ) -> Any:
         """Generate with the active maps.
@@ -226,11 +228,15 @@ class TextGenerationACTPipeline(ActMapLoaderMixin, TextGenerationPipeline):
                 _check_count(strength, len(text_inputs))
         return super().__call__(text_inputs, act_call=_ActCall(maps, act_scope), **kwargs)
 
-    def _sanitize_parameters(self, act_call: _ActCall | None = None, **kwargs: Any) -> Any:
+    def _sanitize_parameters(  # type: ignore[override]
+        self, act_call: _ActCall | None = None, **kwargs: Any
+    ) -> Any:
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
         return preprocess, forward if act_call is None else {**forward, "act_call": act_call}, postprocess
 
-    def _forward(self, model_inputs: Any, act_call: _ActCall | None = None, **generate_kwargs: Any) -> Any:
+    def _forward(  # type: ignore[override]
+        self, model_inputs: Any, act_call: _ActCall | None = None, **generate_kwargs: Any
+    ) -> Any:
         if act_call is None or not act_call.maps:
             return super()._forward(model_inputs, **generate_kwargs)
         rows, length = model_inputs["input_ids"].shape
