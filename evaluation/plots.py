@@ -51,9 +51,7 @@ def plot_map(act_map: ActMap, *, width: int = 1200, height: int = 860) -> Image.
     Returns:
         An RGB picture.
     """
-    layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.12, hspace=0.06)
-    figure = Figure(figsize=(width / 100, height / 100), dpi=100, facecolor="white", layout=layout)
-    FigureCanvasAgg(figure)
+    figure = new_figure(width, height)
     axes = figure.subplot_mosaic(
         [["cost", "cost"], ["moves", "units"]], height_ratios=[1.15, 1], width_ratios=[1.55, 1]
     )
@@ -61,7 +59,20 @@ def plot_map(act_map: ActMap, *, width: int = 1200, height: int = 860) -> Image.
     _plot_costs(axes["cost"], act_map)
     _plot_moves(axes["moves"], act_map)
     _plot_units(axes["units"], act_map)
-    for ax in axes.values():
+    return as_picture(figure)
+
+
+def new_figure(width: int, height: int) -> Figure:
+    """An empty figure of so many pixels, in the look of this package."""
+    layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.12, hspace=0.06)
+    figure = Figure(figsize=(width / 100, height / 100), dpi=100, facecolor="white", layout=layout)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def as_picture(figure: Figure) -> Image.Image:
+    """The figure as an RGB picture, its axes without decoration."""
+    for ax in figure.axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.spines[["left", "bottom"]].set_color(GRID)
         ax.tick_params(colors=FAINT, labelsize=9, length=0, which="both")

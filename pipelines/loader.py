@@ -150,6 +150,11 @@ class ActMapLoaderMixin:
         return {self._act_maps[name]: strength for name, strength in strengths.items()}
 
 
+def model_name(name_or_path: str, default: str) -> str:
+    """What a map says of the model that it was fitted on: a hub name, or of a folder its name only, not where it lies."""
+    return (Path(name_or_path).name if Path(name_or_path).is_dir() else name_or_path) or default
+
+
 def as_prompts(prompts: Iterable[str], side: str) -> list[str]:
     """`prompts` as a list.
 

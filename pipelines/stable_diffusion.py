@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..maps import ActMap, ActMapMetadata, find_sites, fit_map
-from .loader import as_prompts
+from .loader import as_prompts, model_name
 from .mixin import ACTMixin
 
 
@@ -118,7 +118,7 @@ class StableDiffusionACTPipeline(ACTMixin, StableDiffusionPipeline):
             window=(float(window[0]), float(window[1])),
             rows=rows,
             latents=latents,
-            model_name=str(self.config.get("_name_or_path") or type(self).__name__),
+            model_name=model_name(self.config.get("_name_or_path") or "", type(self).__name__),
             n_source=len(prompts["source"]),
             n_target=len(prompts["target"]),
             prompts_hash=hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),

@@ -54,17 +54,18 @@ class SteeredGeneration:
             for act_map, strength in maps.items():
                 armed = ArmedComponent(component, steer(modules, act_map), component_strength(strength, component))
                 self._armed.append((armed, scopes.get(act_map, "all")))
+                armed.set(0, steps)  # for callers that run the layers without the model around them
         except BaseException:
             self.remove()
             raise
         self._handle = self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
     def _before_forward(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        positions = _positions(args, kwargs)
+        tokens = args[0] if args else kwargs.get("input_ids")
+        tokens = kwargs["inputs_embeds"] if tokens is None else tokens
+        positions = _first_position(kwargs) + torch.arange(tokens.shape[1], device=tokens.device)
         for armed, scope in self._armed:
             armed.set(min(self._step, self._steps - 1), self._steps)
-            if scope == "all":
-                continue
             moved = SCOPES[scope](positions, self._prompt_length)
             armed.steering.tokens = None if moved.all() else moved[None]
             if not moved.any():
@@ -85,11 +86,8 @@ class SteeredGeneration:
         self.remove()
 
 
-def _positions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Positions of the tokens that a forward of a language model computes, counted from the start of the cache."""
-    inputs = args[0] if args else kwargs.get("input_ids")
-    inputs = kwargs["inputs_embeds"] if inputs is None else inputs
+def _first_position(kwargs: dict[str, Any]) -> int:
+    """Position of the first token that a forward computes: how many the key-value cache holds."""
     # The argument is called past_key_values or cache, by version and model.
     cache = next((value for value in kwargs.values() if hasattr(value, "get_seq_length")), None)
-    start = 0 if cache is None else int(cache.get_seq_length())
-    return torch.arange(start, start + inputs.shape[1], device=inputs.device)
+    return 0 if cache is None else int(cache.get_seq_length())

@@ -19,7 +19,7 @@ from ..maps import ActMap, ActMapMetadata, Method, fit_map
 from ..maps.earlier_methods import east
 from ..maps.language_sites import LANGUAGE_SITES, language_sites
 from ..maps.methods import as_method
-from .loader import ActMapLoaderMixin
+from .loader import ActMapLoaderMixin, model_name
 from .steered_generation import SteeredGeneration, check_scope
 from .strength import Strength
 
@@ -133,7 +133,7 @@ class TextGenerationACTPipeline(ActMapLoaderMixin, TextGenerationPipeline):
                 name=name or "act_map",
                 scope=scope,
                 rows="both",
-                model_name=str(self.model.config.name_or_path or type(self.model).__name__),
+                model_name=model_name(self.model.config.name_or_path or "", type(self.model).__name__),
                 n_source=len(texts["source"]),
                 n_target=len(texts["target"]),
                 prompts_hash=hashlib.sha256(json.dumps(texts).encode()).hexdigest(),

@@ -13,7 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import tiny_models
-from actmaps import __version__, cli
+from actmaps import __version__, cli, cli_options
 from actmaps.demo import dataset
 from actmaps.demo.model import WEIGHTS
 from actmaps.maps import ActMap, ActMapMetadata, AffineMap
@@ -243,7 +243,7 @@ def test_other_pipelines_are_refused_by_name(tmp_path):
     ],
 )
 def test_one_site_pattern_may_be_a_regular_expression(given, parsed):
-    assert cli._parse_sites(given) == parsed
+    assert cli_options.parse_sites(given) == parsed
 
 
 @pytest.mark.parametrize(("given", "parsed"), [("3", 3), ("0", (0.0,)), ("0,0.5", (0.0, 0.5)), ("0.5", (0.5,))])
