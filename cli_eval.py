@@ -113,7 +113,7 @@ def toxicity(
         to_fit, asked = data.split_prompts(data.toxicity_prompts(prompts))
         asked, prose = asked[:limit], data.neutral_prose("held_out")[:20]
         pipe, levels = _steered(
-            _Choice(model, map_file, source, target, method, pooling, sites, device, dtype),
+            _Choice(model, map_file, source, target, method, pooling, sites, device, dtype, plot),
             strengths,
             lambda: fitting_texts.toxic_and_civil(to_fit, judges),
         )
@@ -184,7 +184,7 @@ def concept(
         wanted, neutral = known[concept], own_texts("neutral")
         openers, prose = own_texts("openers")[:limit], data.neutral_prose("held_out")[:20]
         pipe, levels = _steered(
-            _Choice(model, map_file, None, None, method, pooling, sites, device, dtype),
+            _Choice(model, map_file, None, None, method, pooling, sites, device, dtype, plot),
             strengths,
             lambda: (neutral, list(wanted.sentences)),
         )
@@ -252,7 +252,9 @@ def truthfulness(
 
         asked, prose = data.read_truthfulqa(questions)[:limit], data.neutral_prose("held_out")[:20]
         pipe, levels = _steered(
-            _Choice(model, map_file, source, target, method, pooling, sites, device, dtype), strengths, own_statements
+            _Choice(model, map_file, source, target, method, pooling, sites, device, dtype, plot),
+            strengths,
+            own_statements,
         )
         columns = {"": "label", "MC1": "mc1:.1%", "±": "mc1_se:.1%", "MC2": "mc2:.1%", "± ": "mc2_se:.1%"}
         columns["perplexity"] = "perplexity:.2f"
@@ -305,7 +307,7 @@ def ability(
         from .evaluation.language.report import Report
 
         prose = data.neutral_prose("held_out")[:20]
-        choice = _Choice(model, map_file, None, None, "", None, None, device, dtype)
+        choice = _Choice(model, map_file, None, None, "", None, None, device, dtype, plot)
         pipe, levels = _steered(choice, strengths, lambda: ([], []))
         columns = {"": "label", "accuracy": "accuracy:.1%", "±": "accuracy_se:.1%", "per character": "normalised:.1%"}
         columns |= {name: f"{name}:.1%" for name in task or ()} | {"perplexity": "perplexity:.2f"}
@@ -340,7 +342,10 @@ class _Choice:
         sites: list[str] | None,
         device: str | None,
         dtype: str | None,
+        plot: Path | None,
     ) -> None:
+        if plot is not None:
+            check_picture(plot)
         if (source is None) != (target is None):
             raise ValueError("give both --source and --target, or neither")
         if map_file is not None and source is not None:
@@ -388,8 +393,6 @@ def _row(label: str, strength: float, instruction: str) -> dict[str, Any]:
 def _show(report: Report, json_file: Path | None, plot: Path | None, panels: dict[str, list[str]]) -> None:
     from .evaluation.language.report import plot_report
 
-    if plot is not None:
-        check_picture(plot)
     console.print(report.table())
     if json_file is not None:
         report.save(json_file)
