@@ -23,8 +23,8 @@ from .loader import ActMapLoaderMixin, model_name
 from .steered_generation import SteeredGeneration, check_scope
 from .strength import Strength
 
-# A text, or a chat as transformers writes it: [{"role": ..., "content": ...}, ...].
-TextOrChat: TypeAlias = "str | Sequence[Mapping[str, Any]]"
+# A text; a text behind a context (context, text); or a chat as transformers writes it: [{"role": ..., "content": ...}, ...].
+Text: TypeAlias = "str | tuple[str, str] | Sequence[Mapping[str, Any]]"
 
 
 class TextGenerationACTPipeline(ActMapLoaderMixin, TextGenerationPipeline):
@@ -70,8 +70,8 @@ class TextGenerationACTPipeline(ActMapLoaderMixin, TextGenerationPipeline):
 
     def fit_act_map(
         self,
-        source_texts: Iterable[TextOrChat],
-        target_texts: Iterable[TextOrChat],
+        source_texts: Iterable[Text],
+        target_texts: Iterable[Text],
         *,
         name: str | None = None,
         sites: str | Sequence[str] | None = "norms",
@@ -86,7 +86,8 @@ class TextGenerationACTPipeline(ActMapLoaderMixin, TextGenerationPipeline):
         """Fit a map from two sets of texts, and load it under `name`.
 
         Args:
-            source_texts, target_texts: what the model says now, and what it should say: texts, or chats, which the tokenizer's
+            source_texts, target_texts: what the model says now, and what it should say: texts; tuples (context, text), of which
+                the context is read but not fitted on, such as a question before its answer; or chats, which the tokenizer's
                 chat template writes out. Unpaired; the numbers may differ.
             name: name of the map, under which it is loaded and active; with None it is only returned.
             sites: a preset ("norms", "post_norms", "attention", "mlp", "blocks"), suffixes of module names, or a full-match
@@ -146,30 +147,45 @@ class TextGenerationACTPipeline(ActMapLoaderMixin, TextGenerationPipeline):
         return act_map
 
     def _micro_batches(
-        self, texts: Sequence[TextOrChat], side: str, batch_size: int, max_length: int
+        self, texts: Sequence[Text], side: str, batch_size: int, max_length: int
     ) -> list[dict[str, Tensor]]:
         """The texts as token ids and masks (B, T), in their order.
 
         The token that begins every text is no sample: it says the same in all of them, and in many models its activations are
         hundreds of times larger than others.
         """
-        encoded = []
-        for index, text in enumerate(texts):
-            if isinstance(text, str):
-                ids = self.tokenizer(text)["input_ids"]
-            elif isinstance(text, Sequence) and text and all(isinstance(message, Mapping) for message in text):
-                ids = self.tokenizer.apply_chat_template(list(text), return_dict=True)["input_ids"]
-            else:
-                raise ValueError(f"{side}_texts[{index}] is neither a text nor a chat, but {text!r}")
-            if not ids:
-                raise ValueError(f"{side}_texts[{index}] is empty")
-            encoded.append({"input_ids": ids[:max_length]})
+        encoded = [self._encoded(text, f"{side}_texts[{index}]", max_length) for index, text in enumerate(texts)]
         batches = []
         for start in range(0, len(encoded), batch_size):
-            batch = dict(self.tokenizer.pad(encoded[start : start + batch_size], return_tensors="pt").to(self.device))
-            begins = batch["input_ids"] == self.tokenizer.bos_token_id
-            batches.append({**batch, "sample_mask": batch["attention_mask"].bool() & ~begins})
+            some = encoded[start : start + batch_size]
+            padded = self.tokenizer.pad([{"input_ids": ids} for ids, _ in some], return_tensors="pt")
+            batch = dict(padded.to(self.device))
+            mask = batch["attention_mask"].bool()
+            first = torch.tensor([context for _, context in some], device=mask.device)[:, None]
+            sampled = mask & (batch["input_ids"] != self.tokenizer.bos_token_id) & (mask.cumsum(1) > first)
+            batches.append({**batch, "sample_mask": sampled})
         return batches
+
+    def _encoded(self, text: Text, name: str, max_length: int) -> tuple[list[int], int]:
+        """At most `max_length` token ids of a text, and how many of them are context."""
+        if isinstance(text, str):
+            ids, context = self.tokenizer(text)["input_ids"], 0
+        elif isinstance(text, tuple) and len(text) == 2 and all(isinstance(part, str) for part in text):
+            # Tokenised together, since the end of the context may share a token with what follows.
+            before, ids = (self.tokenizer(part)["input_ids"] for part in (text[0], "".join(text)))
+            same = (one == other for one, other in zip(before, ids, strict=False))
+            context = next((i for i, equal in enumerate(same) if not equal), min(len(before), len(ids)))
+        elif isinstance(text, Sequence) and text and all(isinstance(message, Mapping) for message in text):
+            ids, context = self.tokenizer.apply_chat_template(list(text), return_dict=True)["input_ids"], 0
+        else:
+            raise ValueError(f"{name} is neither a text, a context with a text, nor a chat, but {text!r}")
+        if all(token == self.tokenizer.bos_token_id for token in ids[context:]):
+            raise ValueError(f"{name} is empty")
+        if context >= max_length:
+            raise ValueError(
+                f"{name} has a context of {context} tokens, and max_length={max_length} cuts off what follows"
+            )
+        return ids[:max_length], context
 
     def _forward_for(self, sites: str | Sequence[str] | None) -> Any:
         """Runs the layers that hold the sites; the projection to the vocabulary, which costs most in small models, if asked."""
@@ -263,7 +279,7 @@ class TextGenerationACTPipeline(ActMapLoaderMixin, TextGenerationPipeline):
         return 20  # what `generate` takes if nothing is said
 
 
-def _as_list(texts: Iterable[TextOrChat], side: str) -> list[TextOrChat]:
+def _as_list(texts: Iterable[Text], side: str) -> list[Text]:
     if isinstance(texts, str):
         raise ValueError(f"{side}_texts is one string; give a list of texts")
     texts = list(texts)

@@ -120,6 +120,26 @@ def test_chats_are_fitted_as_the_template_writes_them(llama):
     assert all(torch.equal(one[site].shift, other[site].shift) for site in one)
 
 
+def test_a_context_is_read_but_not_fitted_on(llama):
+    found = fit(llama, [("it is ", "cold")], [("so ", "warm")], method="mean", sites=["norm"])["model.model.norm"]
+    means = []
+    for context, text in (("it is ", "cold"), ("so ", "warm")):
+        hidden = llama.model.model(**llama.tokenizer(context + text, return_tensors="pt")).last_hidden_state[0]
+        means.append(hidden[-4:].mean(0))
+    torch.testing.assert_close(found.shift, means[1] - means[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("text", [("context", ""), ("", ""), ""])
+def test_nothing_behind_a_context_is_refused(llama, text):
+    with pytest.raises(ValueError, match=r"source_texts\[0\] is empty"):
+        fit(llama, [text], TARGET)
+
+
+def test_a_context_that_leaves_no_room_is_refused(llama):
+    with pytest.raises(ValueError, match=r"target_texts\[0\] has a context of 8 tokens, and max_length=8 cuts off"):
+        fit(llama, SOURCE, [("context", "text")], max_length=8)
+
+
 def test_sites_are_fitted_where_the_vocabulary_is_reached_too(llama):
     assert list(fit(llama, sites=["lm_head"])) == ["model.lm_head"]
 
@@ -316,7 +336,7 @@ def test_a_tokenizer_without_padding_pads_with_the_end_of_text():
     [
         ([], TARGET, "the source set is empty"),
         (SOURCE, [], "the target set is empty"),
-        (["good", 3], TARGET, r"source_texts\[1\] is neither a text nor a chat, but 3"),
+        (["good", 3], TARGET, r"source_texts\[1\] is neither a text, a context with a text, nor a chat, but 3"),
         (SOURCE, "warm", "target_texts is one string"),
     ],
 )
