@@ -135,6 +135,7 @@ def demo(
         "fit --model demo --preset demo-pixel-art -o pixel-art.safetensors",
         "fit --model ./my-model --source plain.txt --target ink.txt -o ink.safetensors",
         "fit --model user/sd15 --preset my-style --sites unet --timesteps 0,0.5 -o my-style.safetensors",
+        "fit --model ./llama --source rude.txt --target kind.txt --sites post_norms -o kind.safetensors",
     )
 )
 def fit(
@@ -156,11 +157,17 @@ def fit(
         list[str] | None,
         option(
             panel="Method",
-            help="unet, text_encoder, the end of a module's name, or a regular expression; repeat it for several. "
-            "Default: the preset's advice, else the normalisation layers of the U-Net.",
+            help="unet, text_encoder, norms, post_norms, attention, mlp, blocks (the last five of language models), the end of "
+            "a module's name, or a regular expression; repeat it for several. Default: the preset's advice, else normalisation layers.",
         ),
     ] = None,
-    method: Annotated[str | None, option(panel="Method", help="linear, mean or gaussian.")] = None,
+    method: Annotated[
+        str | None,
+        option(
+            panel="Method",
+            help="linear, mean or gaussian; for language models also actadd, caa, repe, east, iti_m, iti_c, aura, det_zero.",
+        ),
+    ] = None,
     pooling: Annotated[
         str | None, option(panel="Method", help="none (every position is a sample), mean, last, max or min.")
     ] = None,
@@ -208,6 +215,7 @@ def fit(
 ) -> None:
     """Fit a map from prompts as they are to prompts as they should be."""
     with readable_errors(debug):
+        from .evaluation.language.models import is_language_model, load_language_pipeline
         from .evaluation.tables import summary_table
 
         if output.suffix != ".safetensors":
@@ -238,9 +246,18 @@ def fit(
         )
         if positions is not None:
             options["positions"] = None if positions == "all" else int(parse_number(positions, "--positions"))
-        pipe = _load_pipeline(model, device, dtype)
-        options |= _sampling(model, steps, guidance_scale)
         started = perf_counter()
+        pipe: Any
+        if is_language_model(model):
+            for_images = ("timesteps", "window", "latents", "rows", "spatial", "height", "width")
+            unfit = [f"--{name}" for name in for_images if name in options]
+            unfit += [name for name, value in (("--preset", chosen), ("--steps", steps), ("--guidance-scale", guidance_scale)) if value]  # fmt: skip
+            if unfit:
+                raise ValueError(f"{model} is a language model; {', '.join(unfit)} are for image models")
+            pipe = load_language_pipeline(model, device, dtype)
+        else:
+            pipe = _load_pipeline(model, device, dtype)
+            options |= _sampling(model, steps, guidance_scale)
         if chosen is not None:
             act_map = _fit_preset(pipe, chosen, subjects, count, **options)
         else:
@@ -250,7 +267,8 @@ def fit(
         act_map.save(output)
         console.print(summary_table(act_map))
         say(f"\nFitted in {perf_counter() - started:.0f} s: [cyan]{output}[/]")
-        say(f'Try it: actmaps sweep --model {model} --map {output} --prompt "..."')
+        command = "generate" if is_language_model(model) else "sweep"
+        say(f'Try it: actmaps {command} --model {model} --map {output} --prompt "..."')
 
 
 @app.command(
@@ -327,6 +345,55 @@ def sweep(
         )
         save_picture(picture, output)
         say(f"Wrote [cyan]{output}[/]")
+
+
+@app.command(
+    epilog=examples(
+        'generate --model gemma-3-270m --map kind.safetensors --prompt "I told him that"',
+        'generate -m ./llama --map kind.safetensors -p "You are" --strengths 0,1 --tokens 60 --greedy',
+    )
+)
+def generate(
+    model: Annotated[
+        str,
+        option(
+            "--model", "-m", help="A language model: gemma-3-270m, smollm2-135m-instruct, a folder, or a hub name."
+        ),
+    ],
+    map_files: Annotated[list[str], option("--map", metavar="FILE", help="A map; several act together.")],
+    prompt: Annotated[list[str], option("--prompt", "-p", help="What to continue; repeat it for more.")],
+    strengths: Annotated[str, option(help="One continuation each.")] = "0,0.5,1",
+    tokens: Annotated[int, option(help="How long continuations are.", min=1)] = 40,
+    greedy: Annotated[
+        bool, option("--greedy", panel=SAMPLING, help="Always take the likeliest token.", show_default=False)
+    ] = False,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: DType = None,
+    debug: Debug = False,
+) -> None:
+    """Let a language model continue prompts at growing strength of a map."""
+    with readable_errors(debug):
+        from .evaluation.language.generation import continuations
+        from .evaluation.language.models import load_language_pipeline
+        from .evaluation.tables import plain_table
+        from .maps import ActMap
+
+        levels = [parse_number(part, "every strength") for part in strengths.split(",")]
+        maps = [ActMap.load(file) for file in map_files]
+        pipe = load_language_pipeline(model, device, dtype)
+        for number, act_map in enumerate(maps):
+            pipe.load_act_map(act_map, f"{number}")
+        options = {"do_sample": False} if greedy else {}
+        found = [
+            continuations(pipe, prompt, act_strength=level, max_new_tokens=tokens, seed=seed, progress=True, **options)
+            for level in levels
+        ]
+        for number, text in enumerate(prompt):
+            table = plain_table(escape(text), "strength", "continuation")
+            for level, texts in zip(levels, found, strict=True):
+                table.add_row(f"{level:g}", escape(" ".join(texts[number].split())))
+            console.print(table)
 
 
 @app.command(

@@ -352,12 +352,7 @@ class _Choice:
             raise ValueError("--map is fitted already: leave out --source and --target")
         self.model, self.map_file, self.device, self.dtype = model, map_file, device, dtype
         self.files = (source, target)
-        patterns: Any = parse_sites(sites)
-        if isinstance(patterns, list) and len(patterns) == 1:
-            from .maps.language_sites import LANGUAGE_SITES
-
-            patterns = patterns[0] if patterns[0] in LANGUAGE_SITES else patterns
-        self.fit = given(method=method, pooling=pooling, sites=patterns)
+        self.fit = given(method=method, pooling=pooling, sites=parse_sites(sites))
 
 
 def _steered(

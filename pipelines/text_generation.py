@@ -90,8 +90,8 @@ class TextGenerationACTPipeline(ActMapLoaderMixin, TextGenerationPipeline):
                 the context is read but not fitted on, such as a question before its answer; or chats, which the tokenizer's
                 chat template writes out. Unpaired; the numbers may differ.
             name: name of the map, under which it is loaded and active; with None it is only returned.
-            sites: a preset ("norms", "post_norms", "attention", "mlp", "blocks"), suffixes of module names, or a full-match
-                regular expression.
+            sites: a preset ("norms", "post_norms", "attention", "mlp", "blocks"), suffixes of module names, a list of these, or a
+                full-match regular expression.
             method: a key of `METHODS`: "linear", "mean", "gaussian", or an earlier method such as "caa" or "iti_c"; each brings its
                 pooling and support, unless `fit_options` say otherwise.
             scope: which tokens the map moves: "all", "generated" only, or the "last" of the prompt.
@@ -113,9 +113,7 @@ class TextGenerationACTPipeline(ActMapLoaderMixin, TextGenerationPipeline):
         }
         if name is not None and name in self._act_maps:
             raise ValueError(f"an act map named {name!r} is already loaded; delete it first or choose another name")
-        names = (
-            language_sites(self._act_modules, sites) if isinstance(sites, str) and sites in LANGUAGE_SITES else sites
-        )
+        names = self._expanded(sites)
         batches = {side: self._micro_batches(of_side, side, batch_size, max_length) for side, of_side in texts.items()}
         method = as_method(method)
         if method.estimator is east and fit_options.get("pooling", method.pooling) != "none":
@@ -145,6 +143,14 @@ class TextGenerationACTPipeline(ActMapLoaderMixin, TextGenerationPipeline):
         if name is not None:
             self.load_act_map(act_map, name)
         return act_map
+
+    def _expanded(self, sites: str | Sequence[str] | None) -> str | list[str] | None:
+        """`sites` with presets replaced by the sites that they stand for."""
+        if sites is None or (isinstance(sites, str) and sites not in LANGUAGE_SITES):
+            return sites
+        patterns = [sites] if isinstance(sites, str) else sites
+        parts = (language_sites(self._act_modules, p) if p in LANGUAGE_SITES else [p] for p in patterns)
+        return [site for part in parts for site in part]
 
     def _micro_batches(
         self, texts: Sequence[Text], side: str, batch_size: int, max_length: int

@@ -12,16 +12,17 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from typer.testing import CliRunner
 
+import tiny_language_models
 import tiny_models
 from actmaps import __version__, cli, cli_options
 from actmaps.demo import dataset
 from actmaps.demo.model import WEIGHTS
 from actmaps.maps import ActMap, ActMapMetadata, AffineMap
 from actmaps.maps.presets import load_preset
-from actmaps.pipelines import StableDiffusionACTPipeline
+from actmaps.pipelines import StableDiffusionACTPipeline, TextGenerationACTPipeline
 
 NORM_OUT = "unet.conv_norm_out"
-COMMANDS = ("demo", "fit", "sweep", "inspect", "blend", "presets")
+COMMANDS = ("demo", "fit", "sweep", "generate", "inspect", "blend", "presets")
 
 
 def run(*arguments, code=0):
@@ -385,3 +386,37 @@ def test_demo_writes_maps_and_pictures(tmp_path):
         drawn = cells(Image.open(tmp_path / f"{name}.png"), rows=1, columns=columns, size=160)
         assert np.abs(drawn[0][0] - drawn[0][4]).mean() > 5
     assert "actmaps sweep --map" in text
+
+
+# Language models -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny") / "llama"
+    tokens = tiny_language_models.tokenizer()
+    TextGenerationACTPipeline(model=tiny_language_models.llama(tokens), tokenizer=tokens).save_pretrained(folder)
+    return folder
+
+
+def test_a_language_model_is_fitted_and_continues_prompts(language_model, prompts, tmp_path):
+    output = tmp_path / "ink.safetensors"
+    text = run("fit", "--model", language_model, *prompts, "--sites", "post_norms", "--method", "iti_c", "-o", output)
+    assert "actmaps generate --model" in text
+    data = ActMap.load(output).metadata
+    assert (data.name, data.method, data.pooling, data.model_name) == ("ink", "iti_c", "last", "llama")
+    options = ("--strengths", "0,50", "--tokens", 5, "--greedy")
+    text = run("generate", "-m", language_model, "--map", output, "-p", "a cat", "-p", "a [dog]", *options)
+    assert "a [dog]" in text
+    found = [
+        line.removeprefix("50").removeprefix("0").strip() for line in text.splitlines() if re.match("(0|50) ", line)
+    ]
+    assert len(found) == 4
+    assert found[0] != found[1]
+
+
+def test_options_of_image_models_are_refused_for_language_models(language_model, prompts, tmp_path):
+    options = ("--timesteps", "3", "--steps", "5", "-o", tmp_path / "ink.safetensors")
+    text = run("fit", "--model", language_model, *prompts, *options, code=1)
+    assert "is a language model; --timesteps, --steps are for image models" in text
+    assert not (tmp_path / "ink.safetensors").exists()

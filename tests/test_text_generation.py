@@ -120,6 +120,12 @@ def test_chats_are_fitted_as_the_template_writes_them(llama):
     assert all(torch.equal(one[site].shift, other[site].shift) for site in one)
 
 
+def test_presets_and_names_of_sites_may_be_mixed(llama):
+    found = list(fit(llama, sites=["attention", "layers.0.mlp.down_proj"]))
+    assert found == ["model.model.layers.0.self_attn.o_proj", "model.model.layers.0.mlp.down_proj",
+                     "model.model.layers.1.self_attn.o_proj"]  # fmt: skip
+
+
 def test_a_context_is_read_but_not_fitted_on(llama):
     found = fit(llama, [("it is ", "cold")], [("so ", "warm")], method="mean", sites=["norm"])["model.model.norm"]
     means = []

@@ -103,6 +103,23 @@ def load_language_model(
     return model, tokenizer
 
 
+def is_language_model(name_or_path: str) -> bool:
+    """Whether a name or folder is that of a language model, not of a diffusers pipeline. Hub names are looked up."""
+    if name_or_path in PACKAGED_MODELS:
+        return True
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        return (folder / "config.json").is_file() and not (folder / "model_index.json").is_file()
+    if name_or_path.count("/") != 1 or name_or_path[0] in "./~":
+        return False
+    from huggingface_hub import file_exists
+
+    try:
+        return not file_exists(name_or_path, "model_index.json")
+    except (OSError, ValueError):  # offline or no such name, which loading it will say
+        return False
+
+
 def load_language_pipeline(
     name_or_path: str, device: str | None = None, dtype: str | None = None
 ) -> TextGenerationACTPipeline:
