@@ -384,7 +384,7 @@ def generate(
         pipe = load_language_pipeline(model, device, dtype)
         for number, act_map in enumerate(maps):
             pipe.load_act_map(act_map, f"{number}")
-        options = {"do_sample": False} if greedy else {}
+        options: dict[str, Any] = {"do_sample": False} if greedy else {}
         found = [
             continuations(pipe, prompt, act_strength=level, max_new_tokens=tokens, seed=seed, progress=True, **options)
             for level in levels

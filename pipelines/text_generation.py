@@ -178,7 +178,7 @@ class TextGenerationACTPipeline(ActMapLoaderMixin, TextGenerationPipeline):
             ids, context = self.tokenizer(text)["input_ids"], 0
         elif isinstance(text, tuple) and len(text) == 2 and all(isinstance(part, str) for part in text):
             # Tokenised together, since the end of the context may share a token with what follows.
-            before, ids = (self.tokenizer(part)["input_ids"] for part in (text[0], "".join(text)))
+            before, ids = (self.tokenizer(part)["input_ids"] for part in (text[0], "".join(map(str, text))))
             same = (one == other for one, other in zip(before, ids, strict=False))
             context = next((i for i, equal in enumerate(same) if not equal), min(len(before), len(ids)))
         elif isinstance(text, Sequence) and text and all(isinstance(message, Mapping) for message in text):
