@@ -22,14 +22,12 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, partial
-from importlib.resources import files
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -39,17 +37,14 @@ from rich.console import Console
 from rich.table import Table
 
 from actmaps.evaluation.language.ability import harness
+from actmaps.evaluation.language.cells import Cells
 from actmaps.evaluation.language.data import Question, read_truthfulqa, toxicity_prompts
 from actmaps.evaluation.language.fluency import continuation_perplexity, perplexity
 from actmaps.evaluation.language.judges import ConceptJudge, RobertaToxicityJudge
 from actmaps.evaluation.language.models import load_language_model
+from actmaps.evaluation.language.own_texts import Concept, load_concepts
 from actmaps.evaluation.language.truthfulness import truthfulness
 from actmaps.pipelines import TextGenerationACTPipeline
-
-try:
-    import tomllib
-except ModuleNotFoundError:  # Python 3.10
-    import tomli as tomllib
 
 Texts = tuple[list[str], list[str]]
 PARTS = ("toxicity", "truthfulness", "concepts", "mmlu")
@@ -166,49 +161,6 @@ PAPER: dict[str, dict[str, dict[str, dict[str, float]]]] = {
 }  # fmt: skip
 
 
-class Cells:
-    """The results on disk: one JSON file for each finished cell, and the settings that they were measured under."""
-
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        self._folder = folder
-        path, settings = folder / "settings.json", json.loads(json.dumps(settings))
-        if path.exists():
-            before = json.loads(path.read_text(encoding="utf-8"))
-            if other := [key for key in settings if before.get(key) != settings[key]]:
-                raise SystemExit(
-                    f"{folder} holds results measured with {other[0]} = {before.get(other[0])}, not {settings[other[0]]}; "
-                    "give another --output, or the same settings"
-                )
-        else:
-            self._write(path, settings)
-
-    def _path(self, cell: dict[str, Any]) -> Path:
-        *folders, name = (
-            f"{key}-{value:g}" if isinstance(value, float | int) else value for key, value in cell.items()
-        )
-        return self._folder.joinpath(*folders, f"{name}.json")
-
-    def missing(self, cell: dict[str, Any]) -> bool:
-        """Whether the cell is yet to be measured."""
-        return not self._path(cell).exists()
-
-    def store(self, cell: dict[str, Any], found: dict[str, float]) -> None:
-        """Keep what a cell found."""
-        self._write(self._path(cell), cell | found)
-
-    def of(self, part: str, **wanted: Any) -> list[dict[str, Any]]:
-        """The finished cells of a part whose fields are those wanted."""
-        rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((self._folder / part).rglob("*.json"))]
-        return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
-
-    @staticmethod
-    def _write(path: Path, content: dict[str, Any]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        temporary.replace(path)
-
-
 class Data:
     """The data sets, each read when first asked for: from the file that was given, else from the hub."""
 
@@ -287,18 +239,18 @@ class Data:
         ]
 
     @cached_property
-    def concepts(self) -> dict[str, dict[str, list[str]]]:
-        """{concept: {"word_forms": ..., "sentences": ...}}, from the package."""
-        return tomllib.loads((files("actmaps.evaluation.language") / "texts" / "concepts.toml").read_text("utf-8"))
+    def concepts(self) -> dict[str, Concept]:
+        """The package's own."""
+        return load_concepts()
 
     def concept_texts(self, concept: str, seed: int) -> Texts:
         """Sentences of the other concepts, and of this one."""
         count = self._protocol.concept_fit_texts
-        return draw(self.other_sentences(concept), count, seed), draw(self.concepts[concept]["sentences"], count, seed)
+        return draw(self.other_sentences(concept), count, seed), draw(self.concepts[concept].sentences, count, seed)
 
     def other_sentences(self, concept: str) -> list[str]:
         """All sentences of the other concepts."""
-        return [text for name, entry in self.concepts.items() if name != concept for text in entry["sentences"]]
+        return [text for name, entry in self.concepts.items() if name != concept for text in entry.sentences]
 
 
 def draw(items: Sequence[Any], count: int, seed: int) -> list[Any]:
@@ -325,7 +277,10 @@ class Bench:
         self.protocol = replace(Protocol(), fit_texts=options.fit_texts).limited(options.limit)
         self.data = Data(options, self.protocol)
         settings = {name: str(getattr(options, name) or "") for name in SETTINGS}
-        self.cells = Cells(options.output, settings | {"protocol": asdict(self.protocol)})
+        try:
+            self.cells = Cells(options.output, settings | {"protocol": asdict(self.protocol)})
+        except ValueError as error:
+            raise SystemExit(str(error)) from None
         self.methods = [m for m in METHODS if m.key is None or options.methods is None or m.key in options.methods]
         self._concept_judges: dict[str, ConceptJudge] = {}
 
@@ -346,7 +301,7 @@ class Bench:
         if concept not in self._concept_judges:
             entry = self.data.concepts[concept]
             self._concept_judges[concept] = ConceptJudge(
-                concept, entry["word_forms"], entry["sentences"], self.data.other_sentences(concept)
+                concept, entry.word_forms, entry.sentences, self.data.other_sentences(concept)
             )
         return self._concept_judges[concept]
 

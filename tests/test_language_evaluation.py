@@ -10,9 +10,10 @@ import torch
 import tiny_language_models
 from actmaps.evaluation.language import own_texts
 from actmaps.evaluation.language.concepts import concept_presence
-from actmaps.evaluation.language.fitting_texts import toxic_and_civil
+from actmaps.evaluation.language.fitting_texts import moments_before, toxic_and_civil
 from actmaps.evaluation.language.fluency import continuation_perplexity, perplexity
 from actmaps.evaluation.language.generation import continuations
+from actmaps.evaluation.language.judges import whole_words
 from actmaps.evaluation.language.report import Report, flattened, plot_report
 from actmaps.evaluation.language.toxicity import standard_error, toxicity
 from actmaps.pipelines import TextGenerationACTPipeline
@@ -80,7 +81,7 @@ def test_shares_are_those_of_the_judges_over_all_seeds(pipe):
     assert found.seeds == {"short": [1, 1], "long": [0, 0]}
     assert found.perplexity == pytest.approx(perplexity(pipe.model, pipe.tokenizer, PROSE), rel=1e-5)
     texts = [t for seed in (0, 1) for t in continuations(pipe, PROMPTS, act_strength=0.0, seed=seed, max_new_tokens=4, min_new_tokens=4)]  # fmt: skip
-    expected = continuation_perplexity(pipe.model, pipe.tokenizer, PROMPTS * 2, texts)
+    expected = continuation_perplexity(pipe.model, pipe.tokenizer, PROMPTS, texts[:3])
     assert found.text_perplexity == pytest.approx(expected, rel=1e-5)
 
 
@@ -102,6 +103,20 @@ def test_texts_are_parted_by_what_any_judge_says():
     assert toxic_and_civil(["one", "four", "longer"], judges) == (["four", "longer"], ["one"])
     with pytest.raises(ValueError, match="of 1 texts the judges a, b call 0 toxic"):
         toxic_and_civil(["one"], judges)
+
+
+def test_moments_end_before_an_offensive_word_or_another():
+    texts = ["you are such a damn fool", "damn you and all of that", "we went to the sea today"]
+    source, target = moments_before(texts, whole_words(["damn", "fool"]), count=2)
+    assert set(source) == {"you are such a", "you are such a damn"}
+    for moment in target:
+        (text,) = [text for text in texts if text.startswith(moment + " ")]
+        following = text.removeprefix(moment + " ").split()[0]
+        assert following not in ("damn", "fool")
+        assert len(moment.split()) >= 3
+    assert moments_before(texts, whole_words(["fool"])) == moments_before(texts, whole_words(["fool"]))
+    with pytest.raises(ValueError, match="none of 3 texts has an offensive word behind 3 others"):
+        moments_before(texts, whole_words(["heck"]))
 
 
 # Concepts

@@ -30,7 +30,7 @@ class ToxicityScores:
         share_error: its standard error: over seeds with several, else that of a share of n.
         mean: of each judge, the mean probability.
         perplexity: of the steered model on neutral prose.
-        text_perplexity: of the unsteered model on the continuations, given their prompts.
+        text_perplexity: of the unsteered model on continuations (those of the first seed), given their prompts.
         distinct: different word pairs over all word pairs in the continuations.
         self_bleu: mean BLEU of a continuation against the others.
         seeds: share of each judge by seed.
@@ -90,7 +90,7 @@ def toxicity(
         share_error={name: standard_error(share, len(prompts)) for name, share in shares.items()},
         mean={name: float(found.mean()) for name, found in scores.items()},
         perplexity=steered_perplexity,
-        text_perplexity=continuation_perplexity(pipe.model, pipe.tokenizer, list(prompts) * len(runs), texts),
+        text_perplexity=continuation_perplexity(pipe.model, pipe.tokenizer, prompts, runs[0]),
         distinct=distinct_n(texts, 2),
         self_bleu=self_bleu(texts, sample=200),
         seeds={name: share.tolist() for name, share in shares.items()},
