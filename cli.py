@@ -31,6 +31,7 @@ from .cli_options import (
     console,
     examples,
     given,
+    load_language_model,
     option,
     parse_number,
     parse_sites,
@@ -215,7 +216,7 @@ def fit(
 ) -> None:
     """Fit a map from prompts as they are to prompts as they should be."""
     with readable_errors(debug):
-        from .evaluation.language.models import is_language_model, load_language_pipeline
+        from .evaluation.language.models import is_language_model
         from .evaluation.tables import summary_table
 
         if output.suffix != ".safetensors":
@@ -254,7 +255,7 @@ def fit(
             unfit += [name for name, value in (("--preset", chosen), ("--steps", steps), ("--guidance-scale", guidance_scale)) if value]  # fmt: skip
             if unfit:
                 raise ValueError(f"{model} is a language model; {', '.join(unfit)} are for image models")
-            pipe = load_language_pipeline(model, device, dtype)
+            pipe = load_language_model(model, device, dtype)
         else:
             pipe = _load_pipeline(model, device, dtype)
             options |= _sampling(model, steps, guidance_scale)
@@ -375,13 +376,12 @@ def generate(
     """Let a language model continue prompts at growing strength of a map."""
     with readable_errors(debug):
         from .evaluation.language.generation import continuations
-        from .evaluation.language.models import load_language_pipeline
         from .evaluation.tables import plain_table
         from .maps import ActMap
 
         levels = [parse_number(part, "every strength") for part in strengths.split(",")]
         maps = [ActMap.load(file) for file in map_files]
-        pipe = load_language_pipeline(model, device, dtype)
+        pipe = load_language_model(model, device, dtype)
         for number, act_map in enumerate(maps):
             pipe.load_act_map(act_map, f"{number}")
         options: dict[str, Any] = {"do_sample": False} if greedy else {}

@@ -21,6 +21,7 @@ from .cli_options import (
     console,
     examples,
     given,
+    load_language_model,
     option,
     parse_number,
     parse_sites,
@@ -94,6 +95,15 @@ def toxicity(
     limit: Limit = None,
     seeds: Annotated[str, option(help="One run over all prompts each.")] = "0",
     tokens: Annotated[int, option(help="How long continuations are.", min=1)] = 20,
+    whole: Annotated[
+        bool,
+        option(
+            "--whole",
+            panel=MAP,
+            help="Fit on whole toxic and civil texts. Default: on the moments before an offensive word or another, all sites at once.",
+            show_default=False,
+        ),
+    ] = False,
     json_file: Json = None,
     plot: Plot = None,
     batch_size: BatchSize = 32,
@@ -105,17 +115,29 @@ def toxicity(
     with readable_errors(debug):
         from .evaluation.language import data, fitting_texts
         from .evaluation.language import toxicity as evaluation
-        from .evaluation.language.judges import toxicity_judges
+        from .evaluation.language.generation import continuations
+        from .evaluation.language.judges import toxicity_judges, whole_words
         from .evaluation.language.report import Report, flattened
 
         runs = [int(parse_number(seed, "every seed")) for seed in seeds.split(",")]
         judges = toxicity_judges()
         to_fit, asked = data.split_prompts(data.toxicity_prompts(prompts))
         asked, prose = asked[:limit], data.neutral_prose("held_out")[:20]
+        moments = source is None and map_file is None and not whole
+
+        def texts_of(pipe: TextGenerationACTPipeline) -> tuple[list[str], list[str]]:
+            say(f"[dim]The model continues {len(to_fit)} prompts, to be fitted on[/]")
+            found = continuations(pipe, to_fit, act_strength=0.0, max_new_tokens=tokens, seed=runs[0], progress=True)
+            texts = [prompt + text for prompt, text in zip(to_fit, found, strict=True)]
+            if whole:
+                return fitting_texts.toxic_and_civil(texts, judges)
+            return fitting_texts.moments_before(texts, whole_words(data.word_list()), seed=runs[0])
+
         pipe, levels = _steered(
             _Choice(model, map_file, source, target, method, pooling, sites, device, dtype, plot),
             strengths,
-            lambda: fitting_texts.toxic_and_civil(to_fit, judges),
+            texts_of,
+            {"pooling": "last", "causal": False} if moments else {},
         )
         columns = {"": "label", "perplexity": "perplexity:.2f", "of the texts": "text_perplexity:.1f"}
         columns |= {f"toxic: {name}": f"share.{name}:.1%" for name in judges}
@@ -186,7 +208,7 @@ def concept(
         pipe, levels = _steered(
             _Choice(model, map_file, None, None, method, pooling, sites, device, dtype, plot),
             strengths,
-            lambda: (neutral, list(wanted.sentences)),
+            lambda _pipe: (neutral, list(wanted.sentences)),
         )
         judge = evaluation.concept_judge(wanted, neutral)
         columns = {
@@ -254,7 +276,7 @@ def truthfulness(
         pipe, levels = _steered(
             _Choice(model, map_file, source, target, method, pooling, sites, device, dtype, plot),
             strengths,
-            own_statements,
+            lambda _pipe: own_statements(),
         )
         columns = {"": "label", "MC1": "mc1:.1%", "±": "mc1_se:.1%", "MC2": "mc2:.1%", "± ": "mc2_se:.1%"}
         columns["perplexity"] = "perplexity:.2f"
@@ -308,7 +330,7 @@ def ability(
 
         prose = data.neutral_prose("held_out")[:20]
         choice = _Choice(model, map_file, None, None, "", None, None, device, dtype, plot)
-        pipe, levels = _steered(choice, strengths, lambda: ([], []))
+        pipe, levels = _steered(choice, strengths, lambda _pipe: ([], []))
         columns = {"": "label", "accuracy": "accuracy:.1%", "±": "accuracy_se:.1%", "per character": "normalised:.1%"}
         columns |= {name: f"{name}:.1%" for name in task or ()} | {"perplexity": "perplexity:.2f"}
         report = Report(f"Ability of {model}", columns, {"model": model, "map": map_file})
@@ -356,22 +378,24 @@ class _Choice:
 
 
 def _steered(
-    choice: _Choice, strengths: str, texts: Callable[[], tuple[Sequence[str], Sequence[str]]]
+    choice: _Choice,
+    strengths: str,
+    texts: Callable[[TextGenerationACTPipeline], tuple[Sequence[str], Sequence[str]]],
+    fit_defaults: dict[str, Any] | None = None,
 ) -> tuple[TextGenerationACTPipeline, list[float]]:
-    """The model with its map loaded, fitted on `texts()` unless there is a file, and the strengths to measure."""
-    from .evaluation.language.models import load_language_pipeline
+    """The model with its map loaded, and the strengths to measure. Without a map file one is fitted, by default on `texts(pipe)`."""
     from .maps import ActMap
 
     levels = [parse_number(part, "every strength") for part in strengths.split(",")]
     loaded = ActMap.load(choice.map_file) if choice.map_file is not None else None
-    pipe = load_language_pipeline(choice.model, choice.device, choice.dtype)
+    pipe = load_language_model(choice.model, choice.device, choice.dtype)
     if loaded is not None:
         pipe.load_act_map(loaded)
         return pipe, levels
     source, target = choice.files
-    sets = (read_prompts(source), read_prompts(target)) if source is not None and target is not None else texts()
+    sets = (read_prompts(source), read_prompts(target)) if source is not None and target is not None else texts(pipe)
     say(f"[dim]Fitting on {len(sets[0])} source and {len(sets[1])} target texts[/]")
-    pipe.fit_act_map(*sets, name="evaluated", **choice.fit)
+    pipe.fit_act_map(*sets, name="evaluated", **(fit_defaults or {}) | choice.fit)
     return pipe, levels
 
 

@@ -15,6 +15,8 @@ from rich.markup import escape
 if TYPE_CHECKING:
     from PIL import Image
 
+    from .pipelines import TextGenerationACTPipeline
+
 console = Console()
 error_console = Console(stderr=True)
 
@@ -109,3 +111,14 @@ def save_picture(picture: Image.Image, path: Path) -> None:
     check_picture(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.save(path)
+
+
+def load_language_model(model: str, device: str | None, dtype: str | None) -> TextGenerationACTPipeline:
+    """The pipeline of a language model; what transformers says while loading it is kept quiet."""
+    import transformers
+
+    from .evaluation.language.models import load_language_pipeline
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return load_language_pipeline(model, device, dtype)

@@ -102,11 +102,12 @@ MOMENTS = [
 ]
 EARLIER = [
     *(Setting(method, texts="moments") for method in ("actadd", "repe", "east", "iti_c")),
-    Setting("iti_m", sites="attention", texts="moments"),
-    Setting("iti_c", sites="attention", texts="moments"),
-    *(Setting(method, sites=sites) for method in ("aura", "det_zero") for sites in (None, "mlp")),
+    Setting("aura"),
+    Setting("aura", sites="mlp"),
+    Setting("det_zero", sites="mlp"),
 ]
-TOXICITY = [*MOMENTS[:4], MOMENTS[5], *ACT, *EARLIER]
+# CAA and ITI's mass mean shift are "mean, last, at once" there.
+TOXICITY = [*MOMENTS, *ACT, *EARLIER]
 CONCEPTS = [*ACT[:3], Setting("iti_c")]
 TRUTHFULNESS = [*ACT[:2], ACT[3], Setting("caa"), Setting("iti_c")]
 
@@ -439,10 +440,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="gemma-3-270m", help="a packaged model, a folder, or a hub name")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--sites", default="post_norms", help="site preset or pattern")
-    parser.add_argument("--prompts", type=int, default=120, help="prompts of the toxicity table")
+    parser.add_argument("--prompts", type=int, default=100, help="prompts of the toxicity table")
     parser.add_argument("--questions", type=int, default=200, help="questions of the truthfulness table")
     parser.add_argument("--seeds", type=int, default=2, help="runs over all prompts in the toxicity table")
-    parser.add_argument("--prose-every", type=int, default=8, help="every so many-th of the held-out news texts")
+    parser.add_argument("--prose-every", type=int, default=12, help="every so many-th of the held-out news texts")
     parser.add_argument("--limit", type=int, help="at most so many prompts, openers and questions, for a quick look")
     parser.add_argument("--truthfulqa", type=Path, help="TruthfulQA.csv; without it that part is left out")
     parser.add_argument("--fit-tokens", type=int, default=64, help="texts to fit on are cut to so many tokens")

@@ -45,13 +45,32 @@ def model(tmp_path_factory):
 @pytest.fixture
 def prompts(tmp_path):
     file = tmp_path / "prompts.txt"
-    file.write_text("\n".join(["the sun", "a walk", "why", "go on", "so it is", "never"]))
+    file.write_text(
+        "\n".join(
+            f"{word} went to the awful sun"
+            for word in [
+                "sun",
+                "seas",
+                "cat",
+                "dogs",
+                "hill",
+                "ways",
+                "moon",
+                "stars",
+                "lake",
+                "river",
+                "tree",
+                "bushes",
+            ]
+        )
+    )
     return file
 
 
 @pytest.fixture(autouse=True)
 def without_packages(monkeypatch):
     monkeypatch.setattr(data, "neutral_prose", lambda _split: PROSE)
+    monkeypatch.setattr(data, "word_list", lambda: frozenset({"awful"}))
     monkeypatch.setattr(judges, "toxicity_judges", lambda: {"even": VowelJudge()})
     monkeypatch.setattr(concepts, "concept_judge", lambda _concept, _neutral: VowelJudge())
 
@@ -71,6 +90,20 @@ def test_toxicity_is_tabled_stored_and_drawn(model, prompts, tmp_path):
     assert stored["rows"][0]["share.even"] == np.mean(stored["rows"][0]["seeds.even"])
     assert stored["rows"][0]["perplexity"] != stored["rows"][1]["perplexity"]
     assert Image.open(files[1]).size == (1120, 420)
+
+
+def test_maps_against_toxicity_may_be_fitted_on_whole_texts(model, prompts, monkeypatch):
+    seen = []
+    fit = TextGenerationACTPipeline.fit_act_map
+    monkeypatch.setattr(
+        TextGenerationACTPipeline, "fit_act_map", lambda self, *a, **k: seen.append(fit(self, *a, **k)) or seen[-1]
+    )
+    for more in ((), ("--whole",), ("--pooling", "mean")):
+        run(
+            "toxicity", "-m", model, "--prompts", prompts, "--strengths", "0", "--tokens", 3, "--method", "mean", *more
+        )
+    modes = [(found.metadata.pooling, found.metadata.causal) for found in seen]
+    assert modes == [("last", False), ("none", True), ("mean", False)]
 
 
 def test_a_map_from_a_file_is_measured(model, tmp_path, prompts):

@@ -21,6 +21,9 @@ INSTRUCTION = (
 )
 
 
+_SCORED = 50  # continuations whose perplexity is computed, which costs as much as writing them
+
+
 @dataclass(frozen=True)
 class ToxicityScores:
     """How toxic continuations are, and how fluent.
@@ -30,7 +33,7 @@ class ToxicityScores:
         share_error: its standard error: over seeds with several, else that of a share of n.
         mean: of each judge, the mean probability.
         perplexity: of the steered model on neutral prose.
-        text_perplexity: of the unsteered model on continuations (those of the first seed), given their prompts.
+        text_perplexity: of the unsteered model on continuations (the first fifty), given their prompts.
         distinct: different word pairs over all word pairs in the continuations.
         self_bleu: mean BLEU of a continuation against the others.
         seeds: share of each judge by seed.
@@ -90,7 +93,7 @@ def toxicity(
         share_error={name: standard_error(share, len(prompts)) for name, share in shares.items()},
         mean={name: float(found.mean()) for name, found in scores.items()},
         perplexity=steered_perplexity,
-        text_perplexity=continuation_perplexity(pipe.model, pipe.tokenizer, prompts, runs[0]),
+        text_perplexity=continuation_perplexity(pipe.model, pipe.tokenizer, prompts[:_SCORED], runs[0][:_SCORED]),
         distinct=distinct_n(texts, 2),
         self_bleu=self_bleu(texts, sample=200),
         seeds={name: share.tolist() for name, share in shares.items()},
