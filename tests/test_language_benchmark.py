@@ -50,6 +50,7 @@ def bench(monkeypatch, tmp_path):
     monkeypatch.setattr(concepts, "concept_judge", lambda *_: EvenJudge())
     monkeypatch.setattr(module, "TOXICITY", [module.MOMENTS[1], module.Setting("aura"), module.Setting("actadd", texts="moments"),
                                              module.Setting("repe", texts="moments")])  # fmt: skip
+    monkeypatch.setattr(module, "SWEEP", (1.0,))
     monkeypatch.setattr(module, "CONCEPTS", [module.Setting("iti_c")])
     monkeypatch.setattr(module, "CONCEPT_STRENGTHS", {"multiplier": (1.0, 2.0)})
     monkeypatch.setattr(module, "TRUTHFULNESS", [module.Setting("mean", "last")])
@@ -83,12 +84,13 @@ def test_every_part_is_measured_tabled_and_resumed(bench, capsys):
     folder = bench()
     toxicity = stored(folder, "toxicity")
     assert list(toxicity)[:2] == ["unsteered", "asked in words"]
-    assert {"gaussian, last, moments"} & set(toxicity) == set()
     assert toxicity["linear, last, at once, moments"]["strength"] > 0
     assert toxicity["linear, last, at once, moments"]["accuracy"] is not None
     assert {row["strength"] for row in json.loads((folder / "concepts.json").read_text())["rows"]} == {0, 1, 2, None}
     assert set(stored(folder, "truthfulness")) == {"unsteered", "asked in words", "mean, last"}
+    assert [row["strength"] for row in json.loads((folder / "sweep.json").read_text())["rows"]][::2] == [0, 1]
     assert (folder / "concepts.png").is_file()
+    assert (folder / "sweep.png").is_file()
     assert "Toxicity of" in capsys.readouterr().out
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("*/*.json")}
     bench()
