@@ -62,7 +62,7 @@ DESCENT = {
     "dampening": (1.0, 0.75, 0.5, 0.25, 0.1),
 }
 CONCEPT_STRENGTHS = {
-    "transport": (0.5, 0.75, 1.0, 1.25, 1.5, 2.0),
+    "transport": (0.5, 1.0, 1.25, 1.5, 2.0),
     "multiplier": (1.0, 3.0, 5.0, 10.0),
 }
 TRUTHFULNESS_STRENGTHS = {"transport": (0.5, 1.0), "multiplier": (1.0, 3.0, 5.0), "dampening": (1.0,)}
@@ -110,7 +110,7 @@ EARLIER = [
 # CAA and ITI's mass mean shift are "mean, last, at once" there.
 TOXICITY = [*MOMENTS, *ACT, *EARLIER]
 SWEPT, SWEEP = MOMENTS[1], (0.5, 0.7, 1.0)
-CONCEPTS = [*ACT[:3], Setting("iti_c")]
+CONCEPTS = [ACT[0], ACT[2], Setting("iti_c")]
 TRUTHFULNESS = [*ACT[:2], ACT[3], Setting("iti_c")]
 
 
@@ -330,7 +330,7 @@ def measure_concepts(bench: Bench) -> None:
                 bench.pipe,
                 judge,
                 openers,
-                bench.prose,
+                bench.prose[:3],
                 act_strength=strength,
                 instruction=instruction,
                 max_new_tokens=24,
@@ -340,7 +340,7 @@ def measure_concepts(bench: Bench) -> None:
             return flattened(found) | {"judge accuracy": judge.accuracy}
 
         def swept(setting: Setting, concept: Any = concept, scores: Callable[..., Any] = scores) -> dict[str, Any]:
-            bench.fit(setting, (neutral, concept.sentences))
+            bench.fit(setting, (neutral[: 2 * len(concept.sentences)], concept.sentences))
             by_strength = {}
             for strength in CONCEPT_STRENGTHS[setting.strength]:
                 by_strength[f"{strength:g}"] = scores(strength)
@@ -474,8 +474,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sites", default="post_norms", help="site preset or pattern")
     parser.add_argument("--prompts", type=int, default=100, help="prompts of the toxicity table")
     parser.add_argument("--concepts", nargs="+", help="of the package's seven; default all")
-    parser.add_argument("--openers", type=int, default=24, help="beginnings of texts of the concepts table")
-    parser.add_argument("--questions", type=int, default=100, help="questions of the truthfulness table")
+    parser.add_argument("--openers", type=int, default=16, help="beginnings of texts of the concepts table")
+    parser.add_argument("--questions", type=int, default=60, help="questions of the truthfulness table")
     parser.add_argument("--seeds", type=int, default=2, help="runs over all prompts in the toxicity table")
     parser.add_argument("--prose-every", type=int, default=12, help="every so many-th of the held-out news texts")
     parser.add_argument("--limit", type=int, help="at most so many prompts, openers and questions, for a quick look")

