@@ -63,9 +63,12 @@ class SteeredGeneration:
     def _before_forward(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = args[0] if args else kwargs.get("input_ids")
         tokens = kwargs["inputs_embeds"] if tokens is None else tokens
-        positions = _first_position(kwargs) + torch.arange(tokens.shape[1], device=tokens.device)
+        # On the CPU, whatever the model's device: what follows asks for their values.
+        positions = _first_position(kwargs) + torch.arange(tokens.shape[1])
         for armed, scope in self._armed:
             armed.set(min(self._step, self._steps - 1), self._steps)
+            if scope == "all":
+                continue
             moved = SCOPES[scope](positions, self._prompt_length)
             armed.steering.tokens = None if moved.all() else moved[None]
             if not moved.any():
