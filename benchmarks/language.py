@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import torch
@@ -374,7 +375,8 @@ def report_concepts(bench: Bench) -> Report:
     for (row, strength), scores in found.items():
         keys = ("probability", "word_share", "perplexity", "text_perplexity", "distinct", "repetition")
         means = {key: sum(s[key] for s in scores) / len(scores) for key in keys}
-        spread = torch.tensor([s["probability"] for s in scores]).std().item() / len(scores) ** 0.5
+        probabilities = [s["probability"] for s in scores]
+        spread = stdev(probabilities) / len(scores) ** 0.5 if len(scores) > 1 else None
         rows.append({"row": row, "strength": strength, **means, "error": spread, "concepts": len(scores)})
     names = sorted({cell["concept"] for cell in cells})
     return Report(
