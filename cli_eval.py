@@ -380,7 +380,7 @@ class _Choice:
 def _steered(
     choice: _Choice,
     strengths: str,
-    texts: Callable[[TextGenerationACTPipeline], tuple[Sequence[str], Sequence[str]]],
+    texts: Callable[[TextGenerationACTPipeline], tuple[Sequence[Any], Sequence[Any]]],
     fit_defaults: dict[str, Any] | None = None,
 ) -> tuple[TextGenerationACTPipeline, list[float]]:
     """The model with its map loaded, and the strengths to measure. Without a map file one is fitted, by default on `texts(pipe)`."""

@@ -110,7 +110,7 @@ EARLIER = [
 ]
 # CAA and ITI's mass mean shift are "mean, last, at once" there.
 TOXICITY = [*MOMENTS, *ACT, *EARLIER]
-SWEPT, SWEEP = MOMENTS[1], (0.5, 0.7, 1.0)
+SWEPT, SWEEP = MOMENTS[1], (0.5, 1.0)
 CONCEPTS = [ACT[0], ACT[2], Setting("iti_c")]
 TRUTHFULNESS = [*ACT[:2], ACT[3], Setting("iti_c")]
 
@@ -188,6 +188,11 @@ class Bench:
 
     def cell(self, measure: Callable[[], dict[str, Any]], **name: Any) -> None:
         """Measure a cell unless it is done, or another shard's."""
+        wanted_rows, wanted_strengths = self.options.rows, self.options.strengths
+        if wanted_rows and name.get("row") not in wanted_rows:
+            return
+        if wanted_strengths and name.get("strength") not in (None, *wanted_strengths):
+            return
         self.visited += 1
         if self.visited % self.shards != self.shard or not self.cells.missing(name):
             return
@@ -401,8 +406,7 @@ def measure_truthfulness(bench: Bench) -> None:
         return figures | {"strength": strength, "perplexity": bench.perplexity(strength), "questions": len(questions)}
 
     def steered(setting: Setting, strength: float) -> dict[str, Any]:
-        texts = [[question_and_answer(text) for text in side] for side in own_statements()]
-        bench.fit(setting, (texts[0], texts[1]))
+        bench.fit(setting, own_statements())
         return scores(strength)
 
     bench.cell(lambda: scores(0.0), part="truthfulness", row="unsteered", strength=0.0)
@@ -415,12 +419,6 @@ def measure_truthfulness(bench: Bench) -> None:
                 row=setting.label,
                 strength=strength,
             )
-
-
-def question_and_answer(statement: str) -> tuple[str, str]:
-    """A statement `Q: ... A: ...` as TruthfulQA's layout: the question, which is read only, and the answer."""
-    question, _, answer = statement.partition(" A: ")
-    return f"{question}\nA:", f" {answer}"
 
 
 def report_truthfulness(bench: Bench) -> Report:
@@ -475,6 +473,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--sites", default="post_norms", help="site preset or pattern")
     parser.add_argument("--prompts", type=int, default=100, help="prompts of the toxicity table")
+    parser.add_argument("--rows", nargs="+", help="only these rows of the tables, by name, such as 'linear, none'")
+    parser.add_argument("--strengths", nargs="+", type=float, help="only these strengths, of sweep and truthfulness")
     parser.add_argument("--concepts", nargs="+", help="of the package's seven; default all")
     parser.add_argument("--openers", type=int, default=16, help="beginnings of texts of the concepts table")
     parser.add_argument("--questions", type=int, default=60, help="questions of the truthfulness table")

@@ -136,7 +136,9 @@ def test_the_package_brings_its_concepts_and_statements():
     assert "soccer" in concepts["football"].word_forms
     untruthful, truthful = own_texts.own_statements()
     assert len(untruthful) == len(truthful) == 160
-    assert [u.split(" A: ")[0] for u in untruthful] == [t.split(" A: ")[0] for t in truthful]
+    assert [question for question, _ in untruthful] == [question for question, _ in truthful]
+    assert all(question.startswith("Q: ") and question.endswith("?\nA:") for question, _ in truthful)
+    assert all(answer.startswith(" ") for _, answer in untruthful + truthful)
     assert len(own_texts.own_texts("openers")) == 60
 
 

@@ -29,11 +29,21 @@ def own_texts(name: str) -> list[str]:
     return (TEXTS / f"{name}.txt").read_text(encoding="utf-8").splitlines()
 
 
-def own_statements() -> tuple[list[str], list[str]]:
-    """Answers that are untrue and true to the same 160 questions, as (untruthful, truthful), each `Q: question A: answer`."""
+def own_statements() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Answers that are untrue and true to the same 160 questions, as (untruthful, truthful).
+
+    Each is a context and a text for `fit_act_map`, in the layout of TruthfulQA: the question with "A:" on a line of its own, and the answer.
+    """
     with (TEXTS / "statements.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    return [row["untruthful"] for row in rows], [row["truthful"] for row in rows]
+    return [_context_and_answer(row["untruthful"]) for row in rows], [
+        _context_and_answer(row["truthful"]) for row in rows
+    ]
+
+
+def _context_and_answer(statement: str) -> tuple[str, str]:
+    question, _, answer = statement.partition(" A: ")
+    return f"{question}\nA:", f" {answer}"
 
 
 def load_concepts(path: str | Path | None = None) -> dict[str, Concept]:
