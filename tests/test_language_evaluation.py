@@ -210,6 +210,20 @@ def test_a_report_as_a_picture_has_a_line_per_key(report):
     assert blue > 100
 
 
+def test_an_axis_that_spans_orders_of_magnitude_is_logarithmic(report):
+    def height_of_the_middle(values):
+        rows = [{"strength": i, "cost": value} for i, value in enumerate(values)]
+        picture = np.array(plot_report(Report("Title", {}, rows=rows), "strength", {"cost": ["cost"]})).astype(int)
+        blue = np.abs(picture - (0x2F, 0x6F, 0xDE)).sum(-1) < 30
+        columns = np.flatnonzero(blue.any(0))
+        middle = np.flatnonzero(blue[:, (columns[0] + columns[-1]) // 2]).mean()
+        ends = np.flatnonzero(blue.any(1))
+        return (middle - ends[0]) / (ends[-1] - ends[0])
+
+    assert height_of_the_middle([1, 50, 99]) == pytest.approx(0.5, abs=0.03)
+    assert height_of_the_middle([1, 100, 10_000]) == pytest.approx(0.5, abs=0.03)
+
+
 def test_scores_become_one_row(pipe):
     found = flattened(toxicity(pipe, PROMPTS, {"length": LengthJudge(3)}, PROSE, max_new_tokens=2))
     assert {"share.length", "share_error.length", "mean.length", "perplexity", "seeds.length"} <= set(found)

@@ -106,6 +106,9 @@ def machine() -> str:
     return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
+_WIDE = 100  # from which ratio of largest to smallest an axis is logarithmic
+
+
 def plot_report(report: Report, x: str, panels: Mapping[str, Sequence[str]], group: str = "") -> Image.Image:
     """Draw columns of a report over another one, such as the strength.
 
@@ -132,6 +135,9 @@ def plot_report(report: Report, x: str, panels: Mapping[str, Sequence[str]], gro
             ax.plot(
                 *zip(*points, strict=True), marker="o", markersize=4, color=COLOURS[number % len(COLOURS)], label=shown
             )
+        values = [row[key] for row in rows for key in keys if row.get(key) is not None]
+        if values and min(values) > 0 and max(values) > _WIDE * min(values):
+            ax.set_yscale("log")
         ax.set_xlabel(x)
         ax.set_ylabel(label)
         if len(lines) > 1:
