@@ -111,7 +111,7 @@ EARLIER = [
 # CAA and ITI's mass mean shift are "mean, last, at once" there.
 TOXICITY = [*MOMENTS, *ACT, *EARLIER]
 SWEPT, SWEEP = MOMENTS[1], (0.5, 1.0)
-CONCEPTS = [ACT[0], ACT[2], Setting("iti_c")]
+CONCEPTS = [*ACT[:3], Setting("iti_c")]
 TRUTHFULNESS = [*ACT[:2], ACT[3], Setting("iti_c")]
 
 
