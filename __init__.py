@@ -1,6 +1,7 @@
 """AcT Maps: Activation Transport for image and language models.
 
-Importing this package imports neither diffusers, transformers nor ComfyUI; names load when first used.
+Importing this package imports neither diffusers, transformers nor ComfyUI; names load when first used. Every pipeline of
+diffusers has a class here: `XACTPipeline` for `XPipeline`.
 """
 
 from importlib import import_module
@@ -19,7 +20,18 @@ if TYPE_CHECKING:
         fit_map,
         steer,
     )
-    from .pipelines import ACTMixin, StableDiffusionACTPipeline, TextGenerationACTPipeline
+    from .pipelines import (
+        ACTMixin,
+        FluxACTPipeline,
+        StableDiffusion3ACTPipeline,
+        StableDiffusionACTPipeline,
+        StableDiffusionXLACTPipeline,
+        TextGenerationACTPipeline,
+        act_pipeline_class,
+        load_act_pipeline,
+        strength_curve,
+        strength_window,
+    )
 
 __version__ = "0.1.0"
 
@@ -34,7 +46,16 @@ _HOME = {
         ),
         ".maps",
     ),
-    **dict.fromkeys(("ACTMixin", "StableDiffusionACTPipeline", "TextGenerationACTPipeline"), ".pipelines"),
+    **dict.fromkeys(
+        (
+            "ACTMixin",
+            "act_pipeline_class",
+            "load_act_pipeline",
+            "strength_curve",
+            "strength_window",
+        ),
+        ".pipelines",
+    ),
 }
 
 __all__ = [
@@ -45,14 +66,21 @@ __all__ = [
     "ActMap",
     "ActMapMetadata",
     "AffineMap",
+    "FluxACTPipeline",
     "Method",
+    "StableDiffusion3ACTPipeline",
     "StableDiffusionACTPipeline",
+    "StableDiffusionXLACTPipeline",
     "Steering",
     "TextGenerationACTPipeline",
+    "act_pipeline_class",
     "comfy_entrypoint",
     "find_sites",
     "fit_map",
+    "load_act_pipeline",
     "steer",
+    "strength_curve",
+    "strength_window",
 ]
 
 
@@ -64,6 +92,7 @@ async def comfy_entrypoint() -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    home = ".pipelines" if name.endswith("ACTPipeline") else _HOME.get(name)
+    if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOME[name], __name__), name)
+    return getattr(import_module(home, __name__), name)

@@ -44,7 +44,7 @@ from .cli_options import (
 if TYPE_CHECKING:
     from .maps import ActMap
     from .maps.presets import Preset
-    from .pipelines import StableDiffusionACTPipeline
+    from .pipelines import ACTMixin
 
 DEMO = "demo"
 DEMO_SAMPLING: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 4.0}
@@ -158,7 +158,7 @@ def fit(
         list[str] | None,
         option(
             panel="Method",
-            help="unet, text_encoder, norms, post_norms, attention, mlp, blocks (the last five of language models), the end of "
+            help="unet, transformer, text_encoder, norms, post_norms, attention, mlp, blocks, the end of "
             "a module's name, or a regular expression; repeat it for several. Default: the preset's advice, else normalisation layers.",
         ),
     ] = None,
@@ -505,8 +505,8 @@ def _load_preset(name: str) -> Preset:
     return load_preset(name)
 
 
-def _load_pipeline(model: str, device: str | None, dtype: str | None = None) -> StableDiffusionACTPipeline:
-    """The bundled demo model, or any diffusers model whose pipeline class has an ACT variant."""
+def _load_pipeline(model: str, device: str | None, dtype: str | None = None) -> Any:
+    """The bundled demo model, or any diffusers model, as a pipeline with act maps."""
     import diffusers
     import torch
     import transformers
@@ -526,29 +526,15 @@ def _load_pipeline(model: str, device: str | None, dtype: str | None = None) -> 
                 library.utils.logging.disable_progress_bar()
             pipe = load_pipeline(place)
         else:
-            pipe = _act_class(model).from_pretrained(model, dtype=precision).to(place)
+            from .pipelines import load_act_pipeline
+
+            pipe = load_act_pipeline(model, dtype=precision).to(place)
     pipe.set_progress_bar_config(leave=False)
     return pipe
 
 
-def _act_class(model: str) -> type[StableDiffusionACTPipeline]:
-    """The pipeline class for a model folder or hub name."""
-    import diffusers
-
-    from . import pipelines
-
-    if (model[0] in "./~" or Path(model).is_dir()) and not Path(model, "model_index.json").is_file():
-        raise FileNotFoundError(f"{model} is no diffusers model: there is no model_index.json in it")
-    kind = str(diffusers.DiffusionPipeline.load_config(model).get("_class_name"))
-    act_class = getattr(pipelines, kind.replace("ACTPipeline", "Pipeline").replace("Pipeline", "ACTPipeline"), None)
-    if act_class is None:
-        known = [name.replace("ACTPipeline", "Pipeline") for name in pipelines.__all__ if name.endswith("ACTPipeline")]
-        raise ValueError(f"{model} is a {kind}, for which there are no act maps yet; there are for {', '.join(known)}")
-    return act_class
-
-
 def _fit_preset(
-    pipe: StableDiffusionACTPipeline,
+    pipe: ACTMixin,
     preset: Preset,
     subjects: str | None = None,
     count: int | None = None,

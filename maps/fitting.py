@@ -173,14 +173,18 @@ class _MicroBatch(greenlet):
         super().__init__()
         self.gr_context = copy_context()
         self.forward, self.batch, self.side, self.offload = forward, batch, side, offload
-        masks = batch if isinstance(batch, Mapping) else {}
-        self.mask = masks.get("sample_mask", masks.get("attention_mask"))
         self.modes = _Modes.current()  # those of the fit, until the forward waits within others
         self.site: str | None = None
         self.pooled: Tensor | None = None
 
     def run(self) -> None:
         self.forward(self.batch)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Which tokens are samples, as the micro-batch says now: its forward may change that on the way."""
+        masks = self.batch if isinstance(self.batch, Mapping) else {}
+        return masks.get("sample_mask", masks.get("attention_mask"))
 
     def advance(self) -> str | None:
         """Run to the next site, whose name is returned and whose samples lie in `pooled`; None at the end of the forward."""

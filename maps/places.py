@@ -22,14 +22,37 @@ _CHANNELS_FIRST = re.compile(
     r"|Downsample2D|Upsample2D|LoRACompatibleConv|UNetMidBlock\w*|(CrossAttn)?(Up|Down)Block2D"
 )
 
-# What blocks with several streams return, in order (None: a place that is no stream).
-_STREAMS: dict[str, tuple[str | None, ...]] = {
-    "FluxTransformerBlock": ("text", "image"),
-    "FluxSingleTransformerBlock": ("text", "image"),
-    "FluxAttention": ("image", "text"),
-    "JointTransformerBlock": ("text", "image"),
-    "HunyuanVideoTransformerBlock": ("image", "text"),
-    "HunyuanVideoSingleTransformerBlock": ("image", "text"),
+# What blocks and attentions with several streams return, in order.
+_STREAMS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        (
+            *(
+                "FluxTransformerBlock",
+                "FluxSingleTransformerBlock",
+                "Flux2TransformerBlock",
+                "Flux2SingleTransformerBlock",
+            ),
+            *(
+                "ChromaTransformerBlock",
+                "QwenImageTransformerBlock",
+                "JointTransformerBlock",
+                "AuraFlowJointTransformerBlock",
+            ),
+            *("LongCatImageTransformerBlock", "LongCatImageSingleTransformerBlock"),
+            *("OvisImageTransformerBlock", "OvisImageSingleTransformerBlock"),
+        ),
+        ("text", "image"),
+    ),
+    **dict.fromkeys(
+        (
+            *("FluxAttention", "Flux2Attention", "Attention"),
+            *("HunyuanVideoTransformerBlock", "HunyuanVideoSingleTransformerBlock"),
+            *("HunyuanVideoTokenReplaceTransformerBlock", "HunyuanVideoTokenReplaceSingleTransformerBlock"),
+            *("HunyuanImageTransformerBlock", "HunyuanImageSingleTransformerBlock"),
+            *("CogVideoXBlock", "CogView4TransformerBlock", "MochiTransformerBlock"),
+        ),
+        ("image", "text"),
+    ),
 }
 
 _NORM = re.compile(r"(Layer|Group|RMS)Norm|(Batch|Instance)Norm\dd|[A-Z]\w*(Layer|RMS)Norm")
@@ -171,15 +194,23 @@ def roots(model: Steerable) -> list[nn.Module]:
 
 def class_names(model: Steerable) -> dict[str, str]:
     """Class name of each component; empty for a model that is given by its places only."""
-    return {} if is_places(model) else {name: type(module).__name__ for name, module in as_components(model).items()}
+    if is_places(model):
+        return {}
+    return {name: type(_unwrapped(module)).__name__ for name, module in as_components(model).items()}
 
 
 def _places_of(module: nn.Module) -> dict[str, Place]:
     """The places in one module by suffix of their name, which is empty for a module with one output."""
-    streams = _STREAMS.get(type(module).__name__, ())
-    if not streams:
+    kind = type(module).__name__
+    streams = _STREAMS.get(kind, ())
+    if not streams or (kind.endswith("Attention") and not _joins_streams(module)):
         return {"": whole_output(module)}
-    return {f":{stream}": Place(module, entry) for entry, stream in enumerate(streams) if stream}
+    return {f":{stream}": Place(module, entry) for entry, stream in enumerate(streams)}
+
+
+def _joins_streams(attention: nn.Module) -> bool:
+    """Whether an attention puts out both streams: those that project the text anew and out again do."""
+    return getattr(attention, "to_add_out", None) is not None
 
 
 def whole_output(module: nn.Module) -> Place:

@@ -62,7 +62,7 @@ class ActMapLoaderMixin:
             raise ValueError(
                 f"an act map named {name!r} is already loaded; give another adapter_name or delete it first"
             )
-        check_strength(strength, name, act_map.components)
+        check_strength(strength, name, act_map)
         steer(self._act_modules, act_map).remove()  # raises if the map does not fit this model
         self._act_maps[name] = act_map
         self._act_strengths[name] = strength
@@ -87,7 +87,7 @@ class ActMapLoaderMixin:
         else:
             by_name = dict.fromkeys(names, strengths)
         for name, strength in by_name.items():
-            check_strength(strength, name, self._act_map(name).components)
+            check_strength(strength, name, self._act_map(name))
         self._act_strengths.clear()
         self._act_strengths.update(by_name)
 
@@ -146,7 +146,7 @@ class ActMapLoaderMixin:
         elif act_strength is not None:
             strengths = dict.fromkeys(strengths, act_strength)
         for name, strength in strengths.items():
-            check_strength(strength, name, self._act_maps[name].components)
+            check_strength(strength, name, self._act_maps[name])
         return {self._act_maps[name]: strength for name, strength in strengths.items()}
 
 

@@ -2,43 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..maps import ActMap, Steering, steer
-from .strength import ComponentStrength, Strength, component_strength
+from .denoiser_inputs import DenoiserInputs
+from .guidance import Branches
+from .strength import PartStrength, Strength, parts_of
 
 
 @dataclass
-class ArmedComponent:
-    """One component of one map, armed for a call."""
+class ArmedPart:
+    """Some sites of one component of one map, armed for a call at a strength of their own."""
 
     component: str
     steering: Steering
-    strength: ComponentStrength
+    strength: PartStrength
     cond_only: bool = False
     window: tuple[float, float] = (0.0, 1.0)
 
-    def set(self, step: int, steps: int, guided: bool = False) -> None:
-        """Set strength and rows for a step; `guided` says that the batch is [unconditional, conditional]."""
-        strength, rows = self.strength, None
+    @property
+    def by_prompt(self) -> bool:
+        """Whether every prompt of the batch has a strength of its own."""
+        return not callable(self.strength) and not isinstance(self.strength, Real)
+
+    def set(self, step: int, steps: int, conditional: Sequence[bool] = (True,)) -> None:
+        """Set strength and rows for a step; `conditional` tells of each equal part of the batch whether it is."""
+        strength: Any = self.strength
+        rows = None
         if not self.window[0] <= step / steps < self.window[1]:
             strength = 0.0
         elif callable(strength):
             strength = float(strength(step, steps))
-        elif not isinstance(strength, (int, float)):
+        elif self.by_prompt:
             rows, strength = torch.tensor(strength, dtype=torch.float32), 1.0
-        if guided and self.cond_only:
-            cond = torch.ones(1) if rows is None else rows
-            rows = torch.cat([torch.zeros_like(cond), cond])
-        elif guided and rows is not None:
-            rows = torch.cat([rows, rows])
+        factors = torch.tensor([float(part or not self.cond_only) for part in conditional])
+        if not factors.any():
+            strength, rows = 0.0, None
+        elif rows is not None:
+            rows = torch.outer(factors, rows).flatten()
+        elif not factors.all():
+            rows = factors
         self.steering.strength, self.steering.rows = strength, rows
+
+
+def armed_parts(components: Mapping[str, nn.Module], act_map: ActMap, strength: Strength) -> Iterator[ArmedPart]:
+    """Arm `act_map` on `components`, in parts of one component and one strength each."""
+    for component in act_map.components:
+        of_component = [site for site in act_map if site.startswith(f"{component}.")]
+        for sites, own in parts_of(strength, of_component):
+            part = act_map if len(sites) == len(act_map) else act_map.select(sites)
+            yield ArmedPart(component, steer(components, part), own)
 
 
 class SteeredCall:
@@ -46,77 +66,85 @@ class SteeredCall:
 
     Args:
         components: {component name: module} of the pipeline.
-        denoiser: name of the component that runs once or more per step.
+        denoisers: names of the components that run once or more per step, in alternation where there are several.
         maps: {map: strength}, applied in this order.
+        branches: tells which rows of the denoisers' batches are conditional.
         planned_steps: how many steps the run is asked for; the text encoders' schedules see it.
-        guided: tells whether the denoiser's batch is now [unconditional, conditional].
         steps: tells how many steps the run has, once it is under way.
+        window: the part of the run in which the maps act on the denoisers, in place of each map's own.
     """
 
     def __init__(
         self,
         components: Mapping[str, nn.Module],
-        denoiser: str,
+        denoisers: Sequence[str],
         maps: Mapping[ActMap, Strength],
+        branches: Branches,
         planned_steps: int,
-        guided: Callable[[], bool],
         steps: Callable[[], int],
+        window: tuple[float, float] | None = None,
     ) -> None:
-        self._denoiser = components[denoiser]
-        self._guided, self._steps = guided, steps
-        self._step, self._timestep = -1, None
-        self._armed: list[ArmedComponent] = []
+        self._branches, self._steps, self._planned_steps = branches, steps, planned_steps
+        self._step, self._timestep, self._call = -1, None, 0
+        self._encoded = 0
+        self._armed: list[ArmedPart] = []
+        self._undo = ExitStack()
         try:
             for act_map, strength in maps.items():
-                for component in act_map.components:
-                    part = act_map.select(rf"{component}\..*")
-                    own = component_strength(strength, component)
-                    steering = steer(components, part)
-                    # A text encoder runs once, before the first step: the window is the denoiser's.
-                    window = act_map.metadata.window if component == denoiser else (0.0, 1.0)
-                    self._armed.append(
-                        ArmedComponent(component, steering, own, act_map.metadata.rows == "cond", window)
-                    )
+                for armed in armed_parts(components, act_map, strength):
+                    self._undo.callback(armed.steering.remove)
+                    self._armed.append(armed)
+                    armed.cond_only = act_map.metadata.rows == "cond"
+                    if armed.component in denoisers:  # a text encoder runs once, before the first step
+                        armed.window = act_map.metadata.window if window is None else window
+            self._encoders = [armed for armed in self._armed if armed.component not in denoisers]
+            self._denoising = [armed for armed in self._armed if armed.component in denoisers]
+            for armed in self._encoders:
+                armed.set(0, planned_steps)
+            for name in denoisers:
+                hook = components[name].register_forward_pre_hook(self._before_denoiser, with_kwargs=True)
+                self._undo.callback(hook.remove)
+            self._undo.enter_context(branches.listening())
         except BaseException:
             self.remove()
             raise
-        self._encoders = [armed for armed in self._armed if armed.component != denoiser]
-        self._denoising = [armed for armed in self._armed if armed.component == denoiser]
-        self._planned_steps = planned_steps
-        for armed in self._encoders:
-            armed.set(0, planned_steps, guided=False)
-        self._handle = self._denoiser.register_forward_pre_hook(self._before_denoiser, with_kwargs=True)
 
     @property
     def steers_encoders(self) -> bool:
-        """Whether a map acts on a component other than the denoiser."""
+        """Whether a map acts on a component other than the denoisers."""
         return bool(self._encoders)
 
+    def encodes_negative_prompt(self) -> bool:
+        """For pipelines that encode prompt and negative prompt one after the other: is it the turn of the second?"""
+        self._encoded += 1
+        return self._encoded > 1
+
     @contextmanager
-    def without_cond_only(self) -> Iterator[None]:
-        """Pause, on the text encoders, the maps that steer conditional rows only: for encoding the negative prompt."""
-        paused = [armed for armed in self._encoders if armed.cond_only]
-        for armed in paused:
-            armed.steering.strength = 0.0
+    def for_negative_prompt(self) -> Iterator[None]:
+        """Pause, on the text encoders, the maps that steer conditional rows only."""
+        for armed in self._encoders:
+            armed.set(0, self._planned_steps, conditional=(False,))
         try:
             yield
         finally:
-            for armed in paused:
-                armed.set(0, self._planned_steps, guided=False)
+            for armed in self._encoders:
+                armed.set(0, self._planned_steps)
 
-    def _before_denoiser(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        timestep = args[1] if len(args) > 1 else kwargs.get("timestep")
-        if not _same(timestep, self._timestep):
-            self._step, self._timestep = self._step + 1, timestep
-            for armed in self._denoising:
-                armed.set(self._step, self._steps(), self._guided())
+    def _before_denoiser(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = DenoiserInputs.of(module, args, kwargs)
+        if _same(inputs.timestep, self._timestep):
+            self._call += 1
+        else:
+            self._step, self._timestep, self._call = self._step + 1, inputs.timestep, 0
+        conditional: Sequence[bool] = (True,)
+        if any(armed.cond_only or armed.by_prompt for armed in self._denoising):
+            conditional = self._branches.conditional(inputs.rows, self._call)
+        for armed in self._denoising:
+            armed.set(self._step, self._steps(), conditional)
 
     def remove(self) -> None:
         """Restore the components."""
-        if hasattr(self, "_handle"):
-            self._handle.remove()
-        for armed in self._armed:
-            armed.steering.remove()
+        self._undo.close()
 
     def __enter__(self) -> SteeredCall:
         return self

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..maps import ActMap, steer
-from .steered_call import ArmedComponent
-from .strength import Strength, component_strength
+from ..maps import ActMap
+from .steered_call import ArmedPart, armed_parts
+from .strength import Strength
 
 # Which positions a map moves, given those of a forward and the length of the prompt, padding on its left included.
 SCOPES: dict[str, Callable[[Tensor, int], Tensor]] = {
@@ -47,14 +47,14 @@ class SteeredGeneration:
         prompt_length: int = 0,
         steps: int = 1,
     ) -> None:
-        ((component, self._model),) = modules.items()
+        (self._model,) = modules.values()
         self._prompt_length, self._steps, self._step = prompt_length, steps, 0
-        self._armed: list[tuple[ArmedComponent, str]] = []
+        self._armed: list[tuple[ArmedPart, str]] = []
         try:
             for act_map, strength in maps.items():
-                armed = ArmedComponent(component, steer(modules, act_map), component_strength(strength, component))
-                self._armed.append((armed, scopes.get(act_map, "all")))
-                armed.set(0, steps)  # for callers that run the layers without the model around them
+                for armed in armed_parts(modules, act_map, strength):
+                    self._armed.append((armed, scopes.get(act_map, "all")))
+                    armed.set(0, steps)  # for callers that run the layers without the model around them
         except BaseException:
             self.remove()
             raise
