@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         steer,
     )
     from .pipelines import (
+        ACTGuidance,
         ACTMixin,
         FluxACTPipeline,
         StableDiffusion3ACTPipeline,
@@ -48,6 +49,7 @@ _HOME = {
     ),
     **dict.fromkeys(
         (
+            "ACTGuidance",
             "ACTMixin",
             "act_pipeline_class",
             "load_act_pipeline",
@@ -62,6 +64,7 @@ __all__ = [
     "ESTIMATORS",
     "METHODS",
     "WEB_DIRECTORY",
+    "ACTGuidance",
     "ACTMixin",
     "ActMap",
     "ActMapMetadata",

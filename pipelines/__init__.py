@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import diffusers
 
+    from .act_guidance import ACTGuidance
     from .image_pipelines import act_pipeline_class, load_act_pipeline
     from .mixin import ACTMixin
     from .strength import strength_curve, strength_window
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 
 _HOME = {
+    "ACTGuidance": ".act_guidance",
     "ACTMixin": ".mixin",
     "TextGenerationACTPipeline": ".text_generation",
     "act_pipeline_class": ".image_pipelines",
@@ -35,6 +37,7 @@ _HOME = {
 }
 
 __all__ = [
+    "ACTGuidance",
     "ACTMixin",
     "FluxACTPipeline",
     "StableDiffusion3ACTPipeline",

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# Components of pipelines that run in every step.
+DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
+
 _TIMESTEP = ("timestep", "timesteps", "timestep_ratio", "t")
 
 
@@ -28,7 +31,7 @@ class DenoiserInputs:
     @classmethod
     def of(cls, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DenoiserInputs:
         """Raises ValueError where the denoiser takes no timestep."""
-        kind: type[nn.Module] = type(getattr(denoiser, "_orig_mod", denoiser))
+        kind: Any = type(getattr(denoiser, "_orig_mod", denoiser))
         names = list(inspect.signature(kind.forward).parameters)[1:]  # without self
         arguments = dict(zip(names, args, strict=False)) | kwargs
         timestep = next((name for name in _TIMESTEP if name in names), None)

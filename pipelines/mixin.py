@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..maps import ActMap
+from .denoiser_inputs import DENOISERS
 from .guidance import Branches, conditional_first, is_guided, picture_count
 from .loader import ActMapLoaderMixin
 from .pipeline_fit import PipelineFit, known_embeds
@@ -17,8 +18,6 @@ from .steered_call import SteeredCall
 from .strength import Strength
 
 logger = logging.getLogger(__name__)
-
-DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
 
 
 class ACTMixin(ActMapLoaderMixin):
