@@ -38,7 +38,7 @@ check: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	mkdir -p $(VENV)/typecheck && ln -sfn $(CURDIR) $(VENV)/typecheck/actmaps
-	cd $(VENV)/typecheck && ../bin/mypy --config-file $(CURDIR)/pyproject.toml -p actmaps.maps -p actmaps.pipelines -p actmaps.evaluation -p actmaps.nodes -m actmaps.cli -m actmaps.cli_eval
+	cd $(VENV)/typecheck && ../bin/mypy --config-file $(CURDIR)/pyproject.toml -p actmaps.maps -p actmaps.pipelines -p actmaps.evaluation -p actmaps.nodes -m actmaps.cli -m actmaps.cli_eval -m actmaps.cli_eval_images
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/fit_cost.py

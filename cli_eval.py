@@ -1,4 +1,4 @@
-"""`actmaps eval`: what steering does to a language model, and what it costs.
+"""`actmaps eval`: what steering does to a language model, and what it costs. For images see cli_eval_images.py.
 
 Each command loads a map or fits one, sweeps its strength, and prints a table; JSON and a plot on request.
 """
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .cli_eval_images import EXAMPLES as IMAGES_EXAMPLES
+from .cli_eval_images import images
 from .cli_options import (
     MACHINE,
     Debug,
@@ -37,9 +39,10 @@ if TYPE_CHECKING:
 
 eval_app = typer.Typer(
     name="eval",
-    help="Measure what a map does to a language model: toxicity, concepts, truthfulness, ability.",
+    help="Measure what a map does: to images, or to a language model's toxicity, concepts, truthfulness and ability.",
     no_args_is_help=True,
 )
+eval_app.command(epilog=IMAGES_EXAMPLES)(images)
 
 MAP, OUTPUT = "Map", "Output"
 Model = Annotated[

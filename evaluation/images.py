@@ -6,8 +6,8 @@ Every strength draws the same prompts from the same seeds (paper, section 5). Ju
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,12 +23,16 @@ STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are drawn. Prompt i has seed `seed + i`, whatever the strength and the batch size."""
+    """How pictures are drawn. Prompt i has seed `seed + i`, whatever the strength and the batch size.
 
-    num_inference_steps: int = 20
-    guidance_scale: float = 4.0
+    None leaves steps or guidance to the pipeline; `call_options` are for its call too, such as `height`.
+    """
+
+    num_inference_steps: int | None = 20
+    guidance_scale: float | None = 4.0
     seed: int = 10_000
     batch_size: int = 32
+    call_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def draw(
@@ -51,20 +55,36 @@ def draw(
     Returns:
         Pictures as uint8 (n, H, W, 3).
     """
-    pictures = []
+    return np.concatenate(
+        list(draw_batches(pipe, prompts, sampling, act_strength=act_strength, negative_prompt=negative_prompt))
+    )
+
+
+def draw_batches(
+    pipe: ACTMixin,
+    prompts: Sequence[str],
+    sampling: Sampling = Sampling(),
+    *,
+    act_strength: Any = 0.0,
+    negative_prompt: str | None = None,
+) -> Iterator[np.ndarray]:
+    """As `draw`, but batch by batch, so that not all pictures need to be held at once."""
+    options = {
+        "num_inference_steps": sampling.num_inference_steps,
+        "guidance_scale": sampling.guidance_scale,
+        **sampling.call_options,
+    }
     for start in range(0, len(prompts), sampling.batch_size):
         chunk = list(prompts[start : start + sampling.batch_size])
+        options["negative_prompt"] = None if negative_prompt is None else [negative_prompt] * len(chunk)
         images = pipe(
             chunk,
-            num_inference_steps=sampling.num_inference_steps,
-            guidance_scale=sampling.guidance_scale,
             generator=[torch.Generator().manual_seed(sampling.seed + start + i) for i in range(len(chunk))],
-            negative_prompt=None if negative_prompt is None else [negative_prompt] * len(chunk),
             act_strength=act_strength,
             output_type="np",
+            **{name: value for name, value in options.items() if value is not None},
         ).images
-        pictures.append((images * 255).round().astype(np.uint8))
-    return np.concatenate(pictures)
+        yield (images * 255).round().astype(np.uint8)
 
 
 @dataclass(frozen=True)

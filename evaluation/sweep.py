@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from .asking import comparisons, concept_words, judged_prompts
 from .grid import draw_grid
 
 if TYPE_CHECKING:
@@ -68,30 +69,22 @@ def preset_sweep(
         subjects: one row each.
         strengths, seed, call_options: as for `strength_sweep`.
     """
-    prompts, asked = preset.prompts(subjects, seed)
-    side = preset.source if preset.kind == "negation" else preset.target
-    word = side.tags[0] if side.tags else preset.name
+    prompts, word = judged_prompts(preset, subjects, seed), concept_words(preset)
+    compared = comparisons(preset, subjects, word, seed)
     if preset.kind == "negation":
-        title, subtitle = (
-            f"Taking away “{word}” with an act map",
-            f"The prompts ask for “{word}”, those of the last column do not.",
-        )
-        compared = {
-            f"“{word}” as\nnegative prompt": (prompts, {"negative_prompt": [word] * len(prompts)}),
-            "without it\nin the prompt": (asked, {}),
-        }
+        title = f"Taking away “{word}” with an act map"
+        subtitle = f"The prompts name “{word}”, those of the last column do not."
     else:
         title, subtitle = f"Bringing in “{word}” with an act map", "No prompt names it but those of the last column."
-        if preset.kind == "style":
-            asked = [f"{prompt}, {word}" for prompt in prompts]  # the plainest way to say it
-        compared = {f"“{word}”\nin the prompt": (asked, {})}
     name = pipe.load_act_map(act_map, f"sweep of {preset.name}")
     try:
         rows = strength_sweep(pipe, prompts, strengths, seed=seed, **call_options)
     finally:
         pipe.delete_act_maps(name)
-    for others, options in compared.values():
-        extra = strength_sweep(pipe, others, [0.0], seed=seed, **call_options, **options)
+    for comparison in compared.values():
+        negative = comparison.negative_prompt
+        options = call_options if negative is None else call_options | {"negative_prompt": [negative] * len(prompts)}
+        extra = strength_sweep(pipe, comparison.prompts, [0.0], seed=seed, **options)
         rows = [row + more for row, more in zip(rows, extra, strict=True)]
     return draw_grid(
         rows,

@@ -33,7 +33,8 @@ class Cells:
         else:
             write_json(path, settings)
 
-    def _path(self, cell: dict[str, Any]) -> Path:
+    def path(self, cell: dict[str, Any]) -> Path:
+        """Where the result of a cell lies, or will lie."""
         *folders, name = (
             f"{key}-{value:g}" if isinstance(value, float | int) else value for key, value in cell.items()
         )
@@ -41,11 +42,11 @@ class Cells:
 
     def missing(self, cell: dict[str, Any]) -> bool:
         """Whether the cell is yet to be measured."""
-        return not self._path(cell).exists()
+        return not self.path(cell).exists()
 
     def store(self, cell: dict[str, Any], found: dict[str, float]) -> None:
         """Keep what a cell found."""
-        write_json(self._path(cell), cell | found)
+        write_json(self.path(cell), cell | found)
 
     def of(self, part: str, **wanted: Any) -> list[dict[str, Any]]:
         """The finished cells of a part whose fields are those wanted."""
