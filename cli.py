@@ -227,6 +227,8 @@ def fit(
         if files and (subjects or count):
             raise ValueError("--subjects and --count go with --preset; prompt files are taken as they are")
         chosen = _load_preset(preset) if preset else None
+        if chosen is not None and chosen.models:
+            say(f"[dim]Preset {chosen.name} is meant for {escape(chosen.models)}.[/]")
         prompts = [read_prompts(path) for path in files]
         options = given(
             sites=parse_sites(sites),
@@ -454,7 +456,45 @@ def blend(
         say(f"Wrote [cyan]{output}[/]: {escape(blended.metadata.name)}")
 
 
-@app.command(epilog=examples("presets", "presets demo-neon-sign", "presets ./my-style.toml --count 20 --seed 1"))
+@app.command(
+    epilog=examples(
+        "push ink.safetensors user/ink --base-model user/sd15 --picture grid.png",
+        'push ink.safetensors user/ink --private --sample "a fox in the snow" --sample "a harbor"',
+        "push ink.safetensors user/ink --picture grid.png --folder ./ink",
+    )
+)
+def push(
+    map_file: Annotated[str, typer.Argument(metavar="MAP", help="A .safetensors file or a folder.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="The hub repository, made if need be: user/name.")],
+    picture: Annotated[Path | None, option(help="Shown on the model card, for example a grid of 'sweep'.")] = None,
+    base_model: Annotated[str | None, option(help="Hub name of the model that the map was fitted on.")] = None,
+    sample: Annotated[
+        list[str] | None, option(help="A prompt to try, for the model card; repeat it for more.")
+    ] = None,
+    private: Annotated[
+        bool, option("--private", help="Of a new repository: only you can see it.", show_default=False)
+    ] = False,
+    message: Annotated[str | None, option(help="Of the commit.")] = None,
+    folder: Annotated[
+        Path | None, option(help="Upload nothing: write what would be uploaded into this folder.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Share a map on the hub, with a model card that says how to use it. Log in first: 'hf auth login'."""
+    with readable_errors(debug):
+        from .maps import ActMap
+        from .maps.hub import push_to_hub, save_repository
+
+        act_map = ActMap.load(map_file)
+        shown: dict[str, Any] = {"picture": picture, "base_model": base_model, "samples": sample or ()}
+        if folder is not None:
+            paths = save_repository(act_map, folder, repo_id, **shown)
+            say("Wrote " + ", ".join(f"[cyan]{path}[/]" for path in paths))
+            return
+        say(f"Uploaded: {push_to_hub(act_map, repo_id, **shown, private=private, commit_message=message)}")
+
+
+@app.command(epilog=examples("presets", "presets watercolor", "presets ./my-style.toml --count 20 --seed 1"))
 def presets(
     name: Annotated[str | None, typer.Argument(help="Show this preset: its name or a .toml file.")] = None,
     count: Annotated[int, option(help="How many of its prompts to show.", min=1)] = 8,
@@ -464,19 +504,26 @@ def presets(
     """List the prompt presets, or show what one of them writes."""
     with readable_errors(debug):
         from .evaluation.tables import plain_table
-        from .maps.presets import list_presets, user_folder
+        from .maps.presets import KINDS, list_presets, user_folder
 
         if name is not None:
             _show_preset(_load_preset(name), count, seed)
             return
-        table, problems = plain_table(None, "preset", "kind", "what it does"), []
+        groups: dict[tuple[str, str], list[Preset]] = {}
+        problems = []
         for entry in list_presets():
             try:
                 preset = _load_preset(entry)
-                table.add_row(entry, preset.kind, escape(preset.description))
+                groups.setdefault((preset.kind, preset.models), []).append(preset)
             except ValueError as error:
                 problems.append(str(error))
-        console.print(table)
+        for (kind, models), members in sorted(groups.items(), key=lambda group: KINDS.index(group[0][0])):
+            table = plain_table(
+                f"{kind.capitalize()}s" + (f", for {escape(models)}" if models else ""), "preset", "what it does"
+            )
+            for preset in members:
+                table.add_row(preset.name, escape(preset.description))
+            console.print(table)
         say(f"\n[dim]'actmaps presets NAME' shows prompts. Your own presets go into {user_folder()}[/]")
         if problems:
             raise ValueError("; ".join(problems))
@@ -489,10 +536,15 @@ def _show_preset(preset: Preset, count: int, seed: int) -> None:
     for architecture, advice in preset.recommended.items():
         sites = "as by default" if advice.sites is None else advice.sites
         say(f"[dim]{architecture}:[/] strength {advice.strength:g}, support {advice.support}, sites {sites}")
+    if preset.models:
+        say(f"[dim]meant for:[/] {escape(preset.models)}")
     count = min(count, len(preset.subjects))
-    table = plain_table(f"{count} of its {len(preset.subjects)} prompts", "source", "target")
-    for source, target in zip(*preset.prompts(seed=seed, count=count), strict=True):
-        table.add_row(escape(source), escape(target))
+    columns = dict(zip(("source", "target"), preset.prompts(seed=seed, count=count), strict=True))
+    if preset.judge is not None:
+        columns["judged on"] = preset.judge_prompts(seed=seed, count=count)
+    table = plain_table(f"{count} of its {len(preset.subjects)} prompts", *columns)
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*map(escape, row))
     console.print(table)
 
 

@@ -117,8 +117,8 @@ class ActMap(Mapping[str, AffineMap]):
         return load(path_or_hub_id, filename=filename, revision=revision)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload the map as one file to a hub repository; see `actmaps.maps.files.push_to_hub`."""
-        from .files import push_to_hub
+        """Upload the map with a model card to a hub repository; see `actmaps.maps.hub.push_to_hub`."""
+        from .hub import push_to_hub
 
         return push_to_hub(self, repo_id, **options)
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from os import PathLike
 from pathlib import Path
@@ -53,11 +55,18 @@ def save(act_map: ActMap, path: str | PathLike[str]) -> None:
         "sites": {site: affine.channels for site, affine in act_map.items()},
         **asdict(act_map.metadata),
     }
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt", "actmaps": json.dumps(header)})
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """An empty file beside `path`, which takes its place when the block succeeds and is removed when it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(suffix=".safetensors.tmp", dir=path.parent)
+    descriptor, temporary = tempfile.mkstemp(suffix=f"{path.suffix}.tmp", dir=path.parent)
     os.close(descriptor)
     try:
-        save_file(tensors, temporary, metadata={"format": "pt", "actmaps": json.dumps(header)})
+        yield Path(temporary)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
@@ -89,21 +98,6 @@ def load(path_or_hub_id: str | PathLike[str], *, filename: str | None = None, re
     return ActMap(_maps(path, header, tensors), _metadata(path, header))
 
 
-def push_to_hub(
-    act_map: ActMap, repo_id: str, *, filename: str = DEFAULT_FILENAME, private: bool = False, token: str | None = None
-) -> str:
-    """Upload `act_map` as one file to the hub repository `repo_id`, which is created if need be; returns the commit's URL."""
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=token)
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, filename)
-        save(act_map, path)
-        commit = api.upload_file(path_or_fileobj=path, path_in_repo=filename, repo_id=repo_id)
-    return str(commit.commit_url)
-
-
 def _local_path(path_or_hub_id: str | PathLike[str], filename: str | None, revision: str | None) -> Path:
     path = Path(path_or_hub_id)
     if path.is_dir():
@@ -125,10 +119,14 @@ def _local_path(path_or_hub_id: str | PathLike[str], filename: str | None, revis
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    filename = filename or DEFAULT_FILENAME
     try:
-        return Path(hf_hub_download(name, filename or DEFAULT_FILENAME, revision=revision))
+        return Path(hf_hub_download(name, filename, revision=revision))
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise FileNotFoundError(f"{name!r} is no local file and could not be had from the hub: {error}") from error
+        wanted = f"{filename} of revision {revision}" if revision else filename
+        raise FileNotFoundError(
+            f"{name!r} is no local file and could not be had from the hub ({wanted}): {error}"
+        ) from error
 
 
 def _header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:

@@ -18,11 +18,11 @@ from actmaps import __version__, cli, cli_options
 from actmaps.demo import dataset
 from actmaps.demo.model import WEIGHTS
 from actmaps.maps import ActMap, ActMapMetadata, AffineMap
-from actmaps.maps.presets import load_preset
+from actmaps.maps.presets import BUILT_IN, load_preset
 from actmaps.pipelines import StableDiffusionACTPipeline, TextGenerationACTPipeline
 
 NORM_OUT = "unet.conv_norm_out"
-COMMANDS = ("demo", "fit", "sweep", "generate", "inspect", "blend", "presets")
+COMMANDS = ("demo", "fit", "sweep", "generate", "inspect", "blend", "push", "presets")
 
 
 def run(*arguments, code=0):
@@ -121,6 +121,33 @@ def test_a_broken_preset_is_reported_after_the_others(tmp_path, monkeypatch):
     assert "mine.toml: name is 3; it must be a text" in text
 
 
+def test_presets_are_grouped_by_kind_and_by_the_models_that_they_are_meant_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACTMAPS_PRESETS", str(tmp_path))
+    (tmp_path / "mine.toml").write_text(
+        'name = "mine"\nkind = "concept"\ndescription = "A [boat]."\nlicence = "CC0-1.0"\n'
+        '[source]\ntemplates = ["{subject}"]\n[target]\ntemplates = ["{subject}, boat"]\n'
+    )
+    groups = [group.splitlines() for group in re.split(r"\n\s*\n", run("presets").strip())]
+    named = {group[0].strip(): [line.split()[0] for line in group[2:]] for group in groups[:-1]}
+    assert list(named) == [
+        "Styles, for Stable Diffusion, SDXL, SD3, FLUX; not the demo model",
+        "Styles, for the demo model",
+        "Negations, for Stable Diffusion, SDXL, SD3, FLUX; not the demo model",
+        "Negations, for the demo model",
+        "Concepts",
+    ]
+    assert named["Negations, for the demo model"] == ["demo-no-crown", "demo-no-hat", "demo-no-sunglasses"]
+    assert "ukiyo-e" in named["Styles, for Stable Diffusion, SDXL, SD3, FLUX; not the demo model"]
+    assert named["Concepts"] == ["mine"]
+
+
+def test_a_preset_shows_what_it_is_meant_for_and_judged_on():
+    text = run("presets", "no-gorilla", "--count", 3)
+    assert "meant for: Stable Diffusion" in text
+    assert re.search(r"source +target +judged on", text)
+    assert "judged on" not in run("presets", "anime", "--count", 3)
+
+
 def test_a_preset_shows_its_prompts():
     text = run("presets", "demo-no-hat", "--count", 3)
     assert text.count("with a hat") == 3
@@ -206,6 +233,24 @@ def test_fit_on_a_preset_takes_over_its_advice(model, tmp_path):
     assert act_map[NORM_OUT].lower is not None
     assert (data.name, data.presets, data.recommended_strength, data.licence) == ("mine", ("mine",), 0.7, "CC0-1.0")
     assert data.n_source == data.n_target == 2
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted(BUILT_IN.glob("*.toml"))])
+def test_every_built_in_preset_can_be_fitted_with_its_advice(model, name):
+    pipe = StableDiffusionACTPipeline.from_pretrained(model)
+    preset = load_preset(name)
+    act_map = cli._fit_preset(pipe, preset, count=3, num_inference_steps=2, timesteps=1, progress=False)
+    advice = preset.recommendation("StableDiffusion")
+    assert act_map.components == (advice.sites or ("unet",))
+    assert (act_map[NORM_OUT].lower is None) == (advice.support == "all")
+    assert act_map.metadata.recommended_strength == advice.strength
+    assert act_map.metadata.n_source == act_map.metadata.n_target == 3
+
+
+def test_fit_says_which_models_a_preset_is_meant_for(model, tmp_path):
+    options = ("--count", 2, "--timesteps", 1, "--steps", 2, "-o", tmp_path / "map.safetensors")
+    text = run("fit", "-m", model, "--preset", "anime", *options)
+    assert text.startswith("Preset anime is meant for Stable Diffusion, SDXL, SD3, FLUX; not the demo model.")
 
 
 @pytest.mark.parametrize(
@@ -362,6 +407,49 @@ def test_blend_weighs_the_maps(tmp_path):
 def test_blend_refuses(item, problem, tmp_path):
     item = item.replace("MAP", str(save_map(tmp_path / "one.safetensors")))
     assert problem in run("blend", item, "-o", tmp_path / "out.safetensors", code=1)
+
+
+def test_push_writes_the_repository_into_a_folder(tmp_path):
+    act_map, picture = save_map(tmp_path / "ink.safetensors"), tmp_path / "grid.png"
+    Image.new("RGB", (2, 2)).save(picture)
+    folder = tmp_path / "repository"
+    options = ("--picture", picture, "--base-model", "org/model", "--sample", "a fox", "--sample", "a cat")
+    text = run("push", act_map, "user/ink", *options, "--folder", folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "act_map.safetensors", "preview.png"]
+    assert str(folder / "README.md") in text
+    card = (folder / "README.md").read_text()
+    assert "base_model: org/model" in card
+    assert "- a fox\n- a cat\n" in card
+    assert list(ActMap.load(folder)) == [NORM_OUT]
+
+
+def test_push_uploads(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "actmaps.maps.hub.push_to_hub",
+        lambda *given, **options: calls.append((given, options)) or "http://hub/commit/1",
+    )
+    act_map = save_map(tmp_path / "ink.safetensors")
+    assert "Uploaded: http://hub/commit/1" in run("push", act_map, "user/ink", "--private", "--message", "Wet")
+    (((pushed, repo_id), options),) = calls
+    assert (pushed.metadata.name, repo_id) == ("ink", "user/ink")
+    assert options == {
+        "picture": None, "base_model": None, "samples": (), "private": True, "commit_message": "Wet",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("none.safetensors", "user/ink"), "there is no act map file none.safetensors"),
+        (("MAP", "two words"), "Repo id must use alphanumeric chars"),
+        (("MAP", "user/ink", "--picture", "grid.png"), "there is no picture grid.png"),
+    ],
+)
+def test_push_refuses(arguments, problem, tmp_path):
+    act_map = str(save_map(tmp_path / "ink.safetensors"))
+    arguments = [act_map if argument == "MAP" else argument for argument in arguments]
+    assert problem in run("push", *arguments, "--folder", tmp_path / "out", code=1)
 
 
 # demo ----------------------------------------------------------------------------------------------------------------

@@ -333,26 +333,3 @@ def test_a_hub_id_that_cannot_be_had_says_so():
     for name, filename in (("user/style", "other.safetensors"), ("user/unknown", None)):
         with pytest.raises(FileNotFoundError, match=f"'{name}' is no local file and could not be had from the hub"):
             ActMap.load(name, filename=filename)
-
-
-def test_push_to_hub_uploads_the_saved_file(act_map, monkeypatch):
-    calls = {}
-
-    class Api:
-        def __init__(self, token):
-            calls["token"] = token
-
-        def create_repo(self, repo_id, **options):
-            calls["repo"] = repo_id, options
-
-        def upload_file(self, path_or_fileobj, path_in_repo, repo_id):
-            calls["upload"] = path_in_repo, repo_id, len(ActMap.load(path_or_fileobj))
-            return type("Commit", (), {"commit_url": "https://hub/commit/1"})()
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    assert act_map.push_to_hub("user/style", private=True, token="secret") == "https://hub/commit/1"
-    assert calls == {
-        "token": "secret",
-        "repo": ("user/style", {"private": True, "exist_ok": True}),
-        "upload": ("act_map.safetensors", "user/style", 2),
-    }

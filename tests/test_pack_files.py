@@ -96,6 +96,12 @@ def test_nodes_do_not_overlap_and_lie_in_their_groups(workflow):
             assert x + w <= u or u + p <= x
 
 
+def test_presets_of_workflows_are_there(workflow):
+    for node in workflow[1].values():
+        if node["class_type"] == "ACTPresetPrompts":
+            assert (ROOT / "maps" / "presets" / f"{node['inputs']['preset']}.toml").is_file()
+
+
 def test_the_same_prompt_and_seed_are_compared(workflow):
     samplers = [node["inputs"] for node in workflow[1].values() if node["class_type"] == "KSampler"]
     assert len({(s["seed"], s["steps"], s["cfg"], s["sampler_name"], s["scheduler"]) for s in samplers}) <= 1

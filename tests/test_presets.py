@@ -1,5 +1,6 @@
 """Presets: what they write, where they are found, and what is refused."""
 
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -141,16 +142,179 @@ def test_subject_lists_are_known_to_the_demo_model_and_not_held_out(name, least)
     assert set(subjects) <= set(dataset.subjects("train"))
 
 
-def test_all_built_in_presets_are_complete(monkeypatch, tmp_path):
-    monkeypatch.setenv("ACTMAPS_PRESETS", str(tmp_path / "nowhere"))
-    assert len(presets.list_presets()) >= 12
-    for name in presets.list_presets():
-        preset = load_preset(name)
-        source, target = preset.prompts()
-        assert len(source) == len(target) == len(preset.subjects) >= 60
-        assert source != target
-        assert preset.licence
-        assert preset.recommendation("StableDiffusion").strength > 0
+# The presets for large models; the others are those of the demo model.
+PAPER_STYLES = ("anime", "art-nouveau", "cyberpunk", "impressionism", "sketch", "watercolor")
+MORE_STYLES = ("claymation", "film-noir", "ink-wash", "low-poly", "photorealism", "pixel-art", "soft-light", "ukiyo-e")
+ANIMALS = {"no-pink-elephant": "a pink elephant", "no-gorilla": "a gorilla", "no-white-bear": "a white bear"}
+GENERAL = (*PAPER_STYLES, *MORE_STYLES, *ANIMALS, "no-people", "no-text")
+GENERAL_MODELS = "Stable Diffusion, SDXL, SD3, FLUX; not the demo model"
+BUILT_IN = sorted(path.stem for path in presets.BUILT_IN.glob("*.toml"))
+ARCHITECTURES = ("StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "Flux", "default")
+
+
+def test_the_built_in_presets_are_these():
+    assert {name for name in BUILT_IN if not name.startswith("demo-")} == set(GENERAL)
+    assert len(BUILT_IN) == len(GENERAL) + 12
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_built_in_preset_is_complete(name):
+    preset = load_preset(name)
+    source, target = preset.prompts(seed=1)
+    assert len(source) == len(target) == len(preset.subjects) >= 60
+    for side in (source, target):
+        assert len(set(side)) == len(side)
+    assert not set(source) & set(target)
+    assert preset.description.endswith(".")
+    assert preset.licence == "Apache-2.0"
+    assert preset.models == ("the demo model" if name.startswith("demo-") else GENERAL_MODELS)
+    for templates in (preset.source, preset.target, preset.judge or preset.source):
+        assert len({tag.lower() for tag in templates.tags}) == len(templates.tags)
+
+
+@pytest.mark.parametrize("name", [*PAPER_STYLES, *MORE_STYLES])
+def test_a_style_gives_every_prompt_its_five_first_tags_and_five_others(name):
+    preset = load_preset(name)
+    tags = preset.target.tags
+    assert preset.kind == "style"
+    assert preset.subjects == load_subjects("captions")
+    assert 15 <= len(tags) <= 25
+    source, target = preset.prompts(seed=2)
+    assert source == list(preset.subjects)
+    drawn = Counter()
+    for caption, prompt in zip(source, target, strict=True):
+        first, others = caption + ", " + ", ".join(tags[:5]) + ", ", tags[5:]
+        assert prompt.startswith(first)
+        rest = prompt.removeprefix(first).split(", ")
+        assert len(set(rest)) == 5
+        assert set(rest) <= set(others)
+        drawn.update(rest)
+    assert max(drawn.values()) - min(drawn.values()) <= 5
+    assert preset.judge_prompts(seed=2) == source
+
+
+@pytest.mark.parametrize(("name", "animal"), ANIMALS.items())
+def test_an_animal_is_shown_by_the_source_absent_from_the_target_and_negated_by_the_judge(name, animal):
+    preset = load_preset(name)
+    source, target = preset.prompts(seed=3)
+    judged = preset.judge_prompts(seed=3)
+    assert preset.kind == "negation"
+    assert target == list(preset.subjects) == list(load_subjects("captions"))
+    for side in (source, judged):
+        endings = {prompt.removeprefix(caption) for caption, prompt in zip(target, side, strict=True)}
+        assert len(endings) == 10
+        assert all(animal in ending for ending in endings)
+    negating = ("without", "not", "nowhere", "leave out", "anything but", "missing", "never", "free of")
+    assert all(any(word in prompt for word in negating) for prompt in judged)
+    assert not any(re.search(rf"\b{animal.split()[-1]}\b", prompt) for prompt in target)
+
+
+@pytest.mark.parametrize(("name", "word"), [("no-people", "people"), ("no-text", "text")])
+def test_other_negations_name_what_they_take_away_in_many_words(name, word):
+    preset = load_preset(name)
+    source, target = preset.prompts(seed=4)
+    assert preset.source.tags[0] == word
+    assert preset.source.tags == preset.judge.tags
+    assert target == list(preset.subjects)
+    for side in (source, preset.judge_prompts(seed=4)):
+        named = [[tag for tag in preset.source.tags if tag in prompt] for prompt in side]
+        assert all(named)
+        assert {tag for tags in named for tag in tags} == set(preset.source.tags)
+
+
+@pytest.mark.parametrize("name", GENERAL)
+def test_advice_is_cautious_and_there_for_every_architecture(name):
+    preset = load_preset(name)
+    assert set(preset.recommended) == set(ARCHITECTURES)
+    for advice in preset.recommended.values():
+        assert 0.5 <= advice.strength <= 1
+        assert advice.support == ("all" if preset.kind == "style" else "observed")
+
+
+# Subject lists -------------------------------------------------------------------------------------------------------
+
+STYLE = re.compile(
+    r"\b(art|artwork|style|styled|aesthetic|paint(ed|ing)|drawing|sketch|illustration|cartoon|render|poster|print|photo\w*"
+    r"|picture|film|movie|anime|pixels?|poly|watercolor|oil|ink|neon|futuristic|monochrome|cinematic|realistic|vintage|retro"
+    r"|dramatic|lighting|bokeh)\b"
+)
+WHAT_NEGATIONS_BRING_IN = re.compile(r"\b(elephant|gorilla|bear|text|letters|signs?|logo|watermark)\b")
+PEOPLE = re.compile(
+    r"\b((wo)?m[ae]n|people|child(ren)?|crowd|tourists?|visitors?|boys?|girls?|famil(y|ies)|friends?)\b"
+)
+
+
+def test_captions_are_many_short_and_without_style():
+    captions = load_subjects("captions")
+    assert len(captions) >= 240
+    assert len({caption.lower() for caption in captions}) == len(captions)
+    assert all(5 <= len(caption.split()) <= 14 for caption in captions)
+    assert not [caption for caption in captions if STYLE.search(caption) or WHAT_NEGATIONS_BRING_IN.search(caption)]
+
+
+@pytest.mark.parametrize("name", [*PAPER_STYLES, *MORE_STYLES])
+def test_no_caption_has_a_tag_of_a_style(name):
+    for tag in load_preset(name).target.tags:
+        found = [
+            caption for caption in load_subjects("captions") if re.search(rf"\b{re.escape(tag)}\b", caption, re.I)
+        ]
+        assert not found, tag
+
+
+def test_places_name_nobody():
+    places = load_subjects("places")
+    assert len(places) >= 60
+    assert not [place for place in places if PEOPLE.search(place)]
+
+
+def test_presets_without_subjects_use_the_captions(own_folder):
+    write(own_folder, VALID.replace('subjects = ["a cat", "a house"]\n', ""))
+    assert load_preset("mine").subjects == load_subjects("captions")
+
+
+# The optional keys ---------------------------------------------------------------------------------------------------
+
+JUDGED = VALID.replace(
+    "[recommended.default]",
+    """[judge]
+templates = ["{subject}, no {tags}"]
+tags = ["ink"]
+
+[recommended.default]""",
+)
+
+
+def test_judging_prompts_are_about_the_drawn_subjects(own_folder):
+    write(own_folder, JUDGED)
+    preset = load_preset("mine")
+    subjects = [f"s{i:02}" for i in range(50)]
+    source, _ = preset.prompts(subjects, seed=1, count=10)
+    assert preset.judge_prompts(subjects, seed=1, count=10) == [f"{subject}, no ink" for subject in source]
+    assert preset.judge_prompts() == ["a cat, no ink", "a house, no ink"]
+
+
+def test_without_judging_prompts_the_source_prompts_are_judged():
+    preset = load_preset("demo-no-hat")
+    assert preset.judge_prompts(seed=1, count=5) == preset.prompts(seed=1, count=5)[0]
+
+
+def test_models_are_optional_but_not_empty(own_folder):
+    write(own_folder)
+    assert load_preset("mine").models == ""
+    write(own_folder, VALID.replace("licence =", 'models = "SDXL"\nlicence ='))
+    assert load_preset("mine").models == "SDXL"
+
+
+def test_the_page_about_presets_names_them_and_its_example_is_one(own_folder):
+    page = (Path(__file__).parents[1] / "docs" / "presets.md").read_text(encoding="utf-8")
+    for name in (*GENERAL, "demo-no-hat", "demo-no-crown", "demo-no-sunglasses"):
+        assert f"`{name}`" in page
+    for name, what in (("captions", "everyday scenes"), ("places", "places")):
+        assert f"`{name}` are {len(load_subjects(name))} {what}" in page
+    write(own_folder, re.search("```toml\n(.*?)```", page, re.S)[1])
+    preset = load_preset("mine")
+    assert preset.subjects == load_subjects("captions")
+    assert all("felt pen drawing, bold marker lines, " in prompt for prompt in preset.prompts()[1])
 
 
 def test_the_module_needs_no_torch():
@@ -188,6 +352,13 @@ def test_subject_lists_lie_beside_the_preset_or_in_the_own_folder(own_folder, tm
     assert load_preset(path).subjects == ("cat", "dog")
     (tmp_path / "pets.txt").write_text("mouse\n")
     assert load_preset(path).subjects == ("mouse",)
+
+
+def test_presets_of_the_demo_model_come_last(own_folder):
+    write(own_folder, VALID.replace('"mine"', '"zinc"'), "zinc")
+    names = presets.list_presets()
+    assert names == sorted(set(names) - set(BUILT_IN) | set(GENERAL)) + [n for n in BUILT_IN if n.startswith("demo-")]
+    assert names[0] == "anime"
 
 
 def test_unknown_names_come_with_the_closest(own_folder):
@@ -239,6 +410,11 @@ def test_recommendations_fall_back_to_the_default(own_folder):
         ("[0.01, 0.99]", "[0.99, 0.01]", "recommended.StableDiffusionXL.support is"),
         ("[0.01, 0.99]", '"most"', "recommended.StableDiffusionXL.support is 'most'; use"),
         ('["a cat", "a house"]', '"none-such"', "subjects cannot be read: there is no subject list 'none-such'"),
+        ("licence =", 'models = " "\nlicence =', "models is empty"),
+        ("licence =", 'models = ["SDXL"]\nlicence =', "models is .'SDXL'.; it must be a text"),
+        ("[target]", '[judge]\ntemplates = ["{tags}"]\n[target]', "judge.templates has '{tags}' without {subject}"),
+        ("[target]", '[judge]\ntext = ["{subject}"]\n[target]', "judge.templates is missing"),
+        ("[target]", "[jugde]\n[target]", "jugde is no key of a preset; did you mean 'judge'"),
         ("[source]", "[source", "is not valid TOML: .*line"),
         ("[source]", "[sauce]", "source is missing; add it .a table."),
     ],

@@ -25,7 +25,8 @@ else:
 
 KINDS = ("style", "negation", "concept")
 BUILT_IN = Path(__file__).parent
-DEFAULT_SUBJECTS = "emoji"
+DEMO_PREFIX = "demo-"  # of the presets that are made of the words that the demo model knows
+DEFAULT_SUBJECTS = "captions"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}|[{}]")
@@ -108,7 +109,9 @@ class Preset:
 
     Attributes:
         kind: "style" (induce a look), "negation" (remove something) or "concept" (add something).
+        models: which models it is meant for, for people.
         subjects: the subjects that `prompts` uses when none are given.
+        judge: how the prompts are written that a fitted map is judged on; None takes `source`.
         recommended: by architecture, the stem of the diffusers pipeline's name ("StableDiffusionXL"), or "default".
     """
 
@@ -118,7 +121,9 @@ class Preset:
     target: PromptTemplates
     description: str = ""
     licence: str = ""
+    models: str = ""
     subjects: tuple[str, ...] = ()
+    judge: PromptTemplates | None = None
     recommended: Mapping[str, Recommendation] = field(default_factory=dict)
 
     def prompts(
@@ -134,6 +139,23 @@ class Preset:
         Raises:
             ValueError: for an empty list of subjects, one string in place of a list, or a count that the list cannot give.
         """
+        chosen = self._chosen(subjects, seed, count)
+        return self.source.write(chosen, _rng(seed, "source")), self.target.write(chosen, _rng(seed, "target"))
+
+    def judge_prompts(
+        self, subjects: Sequence[str] | None = None, seed: int = 0, count: int | None = None
+    ) -> list[str]:
+        """The prompts to draw with a fitted map, about the same subjects as `prompts` for the same arguments.
+
+        Of a negation these may name the thing only to say that it must not be there, which models tend to draw all the same.
+        """
+        chosen = self._chosen(subjects, seed, count)
+        if self.judge is None:
+            return self.source.write(chosen, _rng(seed, "source"))
+        return self.judge.write(chosen, _rng(seed, "judge"))
+
+    def _chosen(self, subjects: Sequence[str] | None, seed: int, count: int | None) -> Sequence[str]:
+        """The subjects that prompts are about; the errors are those of `prompts`."""
         if isinstance(subjects, str):
             raise ValueError(f"subjects must be a list of strings, got the string {subjects!r}; put it in a list")
         chosen = self.subjects if subjects is None else subjects
@@ -146,7 +168,7 @@ class Preset:
                 )
             drawn = _rng(seed, "subjects").sample(range(len(chosen)), count)
             chosen = [chosen[index] for index in sorted(drawn)]
-        return self.source.write(chosen, _rng(seed, "source")), self.target.write(chosen, _rng(seed, "target"))
+        return chosen
 
     def recommendation(self, architecture: str = "default") -> Recommendation:
         """The recommendation for an architecture such as "StableDiffusionXL", else the default one."""
@@ -159,8 +181,9 @@ def user_folder() -> Path:
 
 
 def list_presets() -> list[str]:
-    """Names of all presets, the user's and the built-in ones, sorted."""
-    return sorted({path.stem for folder in _folders() for path in folder.glob("*.toml")})
+    """Names of all presets, the user's and the built-in ones, sorted, those of the demo model last."""
+    names = {path.stem for folder in _folders() for path in folder.glob("*.toml")}
+    return sorted(names, key=lambda name: (name.startswith(DEMO_PREFIX), name))
 
 
 def list_subjects() -> list[str]:
@@ -272,9 +295,11 @@ def _read(path: Path) -> Preset:
         kind=kind,
         description=table.text("description"),
         licence=table.text("licence"),
+        models=table.text("models", ""),
         source=_templates(table.table("source")),
         target=_templates(table.table("target")),
         subjects=_subjects(table),
+        judge=None if table.take("judge", (dict,), None) is None else _templates(table.table("judge")),
         recommended=_recommendations(table.table("recommended", {})),
     )
     table.refuse_others()
@@ -343,9 +368,9 @@ class _Table:
             raise self.error(f"{key} is {value!r}; it must be {_kind_words(kinds)}")
         return value
 
-    def text(self, key: str) -> str:
-        value = self.take(key, (str,)).strip()
-        if not value:
+    def text(self, key: str, default: Any = _MISSING) -> str:
+        value = self.take(key, (str,), default).strip()
+        if not value and key in self.values:
             raise self.error(f"{key} is empty; write something")
         return value
 

@@ -239,6 +239,15 @@ def test_preset_prompts_are_pairs_about_the_same_subjects():
     assert ["zebra" in own.splitlines()[0], "quilt" in own.splitlines()[1]] == [True, True]
 
 
+def test_a_general_preset_writes_captions_and_is_offered_before_those_of_the_demo_model():
+    options = ACTPresetPrompts.define_schema().inputs[0].options
+    assert options[0] == "anime"
+    assert all(name.startswith("demo-") for name in options[options.index("demo-black-and-white-icon") :])
+    source, target = ACTPresetPrompts.execute(preset="anime", subjects="", count=0, seed=0).result
+    assert len(source.splitlines()) == len(target.splitlines()) >= 240
+    assert all(", anime, " in line for line in target.splitlines())
+
+
 @pytest.mark.parametrize("preset", ["../demo-neon-sign", "/etc/passwd", "demo-neon-sign.toml", "none"])
 def test_a_preset_is_a_name_and_no_path(preset):
     with pytest.raises(ValueError, match="there is no preset"):
