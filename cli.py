@@ -5,7 +5,6 @@ Everything heavy (torch, diffusers) is imported inside the commands, so that hel
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -17,6 +16,8 @@ from rich.markup import escape
 from . import __version__
 from .cli_eval import eval_app
 from .cli_options import (
+    DEMO,
+    DEMO_SAMPLING,
     MACHINE,
     SAMPLING,
     Debug,
@@ -31,12 +32,14 @@ from .cli_options import (
     console,
     examples,
     given,
+    load_image_model,
     load_language_model,
     option,
     parse_number,
     parse_sites,
     read_prompts,
     readable_errors,
+    sampling_options,
     save_picture,
     say,
 )
@@ -44,10 +47,7 @@ from .cli_options import (
 if TYPE_CHECKING:
     from .maps import ActMap
     from .maps.presets import Preset
-    from .pipelines import ACTMixin
 
-DEMO = "demo"
-DEMO_SAMPLING: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 4.0}
 # What the demo draws: subjects that the small model draws recognisably. No map is fitted on them; most faces and the
 # melon were held out of the model's training too.
 DEMO_SUBJECTS = {
@@ -110,13 +110,14 @@ def demo(
     """Fit a style and a negation on the bundled model, and draw what they do at growing strength."""
     with readable_errors(debug):
         from .evaluation.sweep import preset_sweep
+        from .maps.presets import load_preset
 
         started = perf_counter()
-        chosen = [_load_preset(style), _load_preset(negation)]
-        pipe = _load_pipeline(DEMO, device)
+        chosen = [load_preset(style), load_preset(negation)]
+        pipe = load_image_model(DEMO, device)
         for preset in chosen:
             say(f"\n[bold]{preset.name}[/]  {escape(preset.description)}")
-            act_map = _fit_preset(pipe, preset, count=count, seed=seed, **DEMO_SAMPLING)
+            act_map = pipe.fit_preset(preset, count=count, seed=seed, **DEMO_SAMPLING)
             act_map.save(output / f"{preset.name}.safetensors")
             subjects = subject or DEMO_SUBJECTS.get(preset.kind, DEMO_SUBJECTS["style"])
             # Seeds that the fit has not seen.
@@ -218,6 +219,7 @@ def fit(
     with readable_errors(debug):
         from .evaluation.language.models import is_language_model
         from .evaluation.tables import summary_table
+        from .maps.presets import load_preset, load_subjects
 
         if output.suffix != ".safetensors":
             raise ValueError(f"--output must end in .safetensors, got {output.name!r}")
@@ -226,7 +228,7 @@ def fit(
             raise ValueError("give the prompts either by --preset or by both --source and --target")
         if files and (subjects or count):
             raise ValueError("--subjects and --count go with --preset; prompt files are taken as they are")
-        chosen = _load_preset(preset) if preset else None
+        chosen = load_preset(preset) if preset else None
         if chosen is not None and chosen.models:
             say(f"[dim]Preset {chosen.name} is meant for {escape(chosen.models)}.[/]")
         prompts = [read_prompts(path) for path in files]
@@ -259,10 +261,10 @@ def fit(
                 raise ValueError(f"{model} is a language model; {', '.join(unfit)} are for image models")
             pipe = load_language_model(model, device, dtype)
         else:
-            pipe = _load_pipeline(model, device, dtype)
-            options |= _sampling(model, steps, guidance_scale)
+            pipe = load_image_model(model, device, dtype)
+            options |= sampling_options(model, steps, guidance_scale)
         if chosen is not None:
-            act_map = _fit_preset(pipe, chosen, subjects, count, **options)
+            act_map = pipe.fit_preset(chosen, load_subjects(subjects) if subjects else None, count, **options)
         else:
             act_map = pipe.fit_act_map(*prompts, **options)
         if chosen is None or name is not None:
@@ -318,10 +320,10 @@ def sweep(
         if compare is not None and "{prompt}" not in compare:
             raise ValueError('--compare needs {prompt} where the prompt goes, such as "{prompt}, watercolor"')
         check_picture(output)
-        pipe = _load_pipeline(model, device, dtype)
+        pipe = load_image_model(model, device, dtype)
         negative = None if negative_prompt is None else [negative_prompt] * len(prompt)
         options = given(height=height, width=width, negative_prompt=negative)
-        options |= _sampling(model, steps, guidance_scale)
+        options |= sampling_options(model, steps, guidance_scale)
         for map_name, act_map in maps.items():
             pipe.load_act_map(act_map, map_name)
         rows, labels = [], []
@@ -504,16 +506,16 @@ def presets(
     """List the prompt presets, or show what one of them writes."""
     with readable_errors(debug):
         from .evaluation.tables import plain_table
-        from .maps.presets import KINDS, list_presets, user_folder
+        from .maps.presets import KINDS, list_presets, load_preset, user_folder
 
         if name is not None:
-            _show_preset(_load_preset(name), count, seed)
+            _show_preset(load_preset(name), count, seed)
             return
         groups: dict[tuple[str, str], list[Preset]] = {}
         problems = []
         for entry in list_presets():
             try:
-                preset = _load_preset(entry)
+                preset = load_preset(entry)
                 groups.setdefault((preset.kind, preset.models), []).append(preset)
             except ValueError as error:
                 problems.append(str(error))
@@ -551,73 +553,10 @@ def _show_preset(preset: Preset, count: int, seed: int) -> None:
 # What the commands share ---------------------------------------------------------------------------------------------
 
 
-def _load_preset(name: str) -> Preset:
-    from .maps.presets import load_preset
-
-    return load_preset(name)
-
-
-def _load_pipeline(model: str, device: str | None, dtype: str | None = None) -> Any:
-    """The bundled demo model, or any diffusers model, as a pipeline with act maps."""
-    import diffusers
-    import torch
-    import transformers
-
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    precision = getattr(torch, dtype or ("float16" if place.startswith("cuda") else "float32"), None)
-    if precision not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"--dtype must be float32, float16 or bfloat16, got {dtype!r}")
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the libraries' own affairs
-        if model == DEMO:
-            from .demo import load_pipeline
-
-            for library in (diffusers, transformers):
-                library.utils.logging.disable_progress_bar()
-            pipe = load_pipeline(place)
-        else:
-            from .pipelines import load_act_pipeline
-
-            pipe = load_act_pipeline(model, dtype=precision).to(place)
-    pipe.set_progress_bar_config(leave=False)
-    return pipe
-
-
-def _fit_preset(
-    pipe: ACTMixin,
-    preset: Preset,
-    subjects: str | None = None,
-    count: int | None = None,
-    **options: Any,
-) -> ActMap:
-    """Fit on the prompts of a preset; its advice holds where `options` say nothing."""
-    from .maps.presets import load_subjects
-
-    architecture = type(pipe).__name__.replace("ACTPipeline", "")
-    advice = preset.recommendation(architecture)
-    prompts = preset.prompts(load_subjects(subjects) if subjects else None, options.get("seed", 0), count)
-    act_map = pipe.fit_act_map(*prompts, **{"sites": advice.sites, "support": advice.support, **options})
-    return _with_metadata(
-        act_map,
-        name=preset.name,
-        description=preset.description,
-        licence=preset.licence,
-        presets=(preset.name,),
-        recommended_strength=advice.strength,
-    )
-
-
 def _with_metadata(act_map: ActMap, **changes: Any) -> ActMap:
     from .maps import ActMap
 
     return ActMap(act_map, replace(act_map.metadata, **changes))
-
-
-def _sampling(model: str, steps: int | None, guidance_scale: float | None) -> dict[str, Any]:
-    sampling = given(num_inference_steps=steps, guidance_scale=guidance_scale)
-    return DEMO_SAMPLING | sampling if model == DEMO else sampling
 
 
 def _split_name(text: str) -> tuple[str, str]:

@@ -20,10 +20,12 @@ from .cli_options import (
     console,
     examples,
     given,
+    load_image_model,
     option,
     parse_number,
     read_prompts,
     readable_errors,
+    sampling_options,
     save_picture,
     say,
 )
@@ -88,8 +90,7 @@ def images(
 ) -> None:
     """Whether the style arrives or the unwanted thing goes, and what is left of the prompt and the picture."""
     with readable_errors(debug):
-        from .cli import _fit_preset, _load_pipeline, _sampling
-        from .evaluation.asking import comparisons, concept_words, judged_prompts
+        from .evaluation.asking import comparisons, concept_words
         from .evaluation.clip import DEFAULT_CLIP, ClipJudge
         from .evaluation.images import Sampling
         from .evaluation.language.report import Report
@@ -102,12 +103,12 @@ def images(
         words = concept or concept_words(chosen)
         to_fit, subjects = _split(chosen, prompts, 0 if maps else fit_count, count, seed)
         judge = ClipJudge.from_pretrained(clip or DEFAULT_CLIP, device)
-        pipe = _load_pipeline(model, device, dtype)
-        sampling = _sampling(model, steps, guidance_scale)
+        pipe = load_image_model(model, device, dtype)
+        sampling = sampling_options(model, steps, guidance_scale)
         if not maps:
             say(f"[dim]Fitting on {len(to_fit)} pairs of prompts[/]")
             options = given(height=height, width=width) | sampling | {"method": method, "seed": seed}
-            maps = [_fit_preset(pipe, replace(chosen, subjects=tuple(to_fit)), batch_size=batch_size, **options)]
+            maps = [pipe.fit_preset(chosen, to_fit, batch_size=batch_size, **options)]
             maps[0].save(output / f"{chosen.name}.safetensors")
         elif prompts is None:
             say(
@@ -123,7 +124,7 @@ def images(
             batch_size=batch_size,
             call_options=given(height=height, width=width),
         )
-        asked = judged_prompts(chosen, subjects, seed)
+        asked = chosen.judge_prompts(subjects, seed)
         drawn = _draw_all(pipe, maps, levels, asked, comparisons(chosen, subjects, words, seed), drawing)
         unsteered = judge.embed_images(drawn[0].pictures)
         for column in drawn:

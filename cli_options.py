@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from .pipelines import TextGenerationACTPipeline
+
+DEMO = "demo"
+DEMO_SAMPLING: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 4.0}
 
 console = Console()
 error_console = Console(stderr=True)
@@ -122,3 +126,37 @@ def load_language_model(model: str, device: str | None, dtype: str | None) -> Te
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return load_language_pipeline(model, device, dtype)
+
+
+def load_image_model(model: str, device: str | None, dtype: str | None = None) -> Any:
+    """The bundled demo model, or any diffusers model, as a pipeline with act maps."""
+    import diffusers
+    import torch
+    import transformers
+
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    precision = getattr(torch, dtype or ("float16" if place.startswith("cuda") else "float32"), None)
+    if precision not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"--dtype must be float32, float16 or bfloat16, got {dtype!r}")
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the libraries' own affairs
+        if model == DEMO:
+            from .demo import load_pipeline
+
+            for library in (diffusers, transformers):
+                library.utils.logging.disable_progress_bar()
+            pipe = load_pipeline(place)
+        else:
+            from .pipelines import load_act_pipeline
+
+            pipe = load_act_pipeline(model, dtype=precision).to(place)
+    pipe.set_progress_bar_config(leave=False)
+    return pipe
+
+
+def sampling_options(model: str, steps: int | None, guidance_scale: float | None) -> dict[str, Any]:
+    """Steps and guidance as given, for the demo model with its own defaults."""
+    sampling = given(num_inference_steps=steps, guidance_scale=guidance_scale)
+    return DEMO_SAMPLING | sampling if model == DEMO else sampling

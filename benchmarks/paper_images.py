@@ -37,10 +37,9 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from actmaps.cli import _load_pipeline as load_pipeline
-from actmaps.cli_options import read_prompts
+from actmaps.cli_options import load_image_model, read_prompts
 from actmaps.evaluation.animation import save_animation, strength_frames
-from actmaps.evaluation.asking import comparisons, concept_words, judged_prompts
+from actmaps.evaluation.asking import comparisons, concept_words
 from actmaps.evaluation.clip import DEFAULT_CLIP, ClipJudge
 from actmaps.evaluation.grid import draw_grid
 from actmaps.evaluation.images import Sampling, draw_batches
@@ -213,7 +212,7 @@ class Bench:
                 device, getattr(torch, dtype or ("float32" if device == "cpu" else self.paper_model.dtype))
             )
         else:
-            pipe = load_pipeline(self.options.model, device, dtype)
+            pipe = load_image_model(self.options.model, device, dtype)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -285,7 +284,7 @@ class Concept:
     @cached_property
     def prompts(self) -> list[str]:
         """What is drawn with the maps."""
-        return judged_prompts(self.preset, self.judged, self.seed)
+        return self.preset.judge_prompts(self.judged, self.seed)
 
     def cell(self, method: str, strength: float = 0.0) -> Cell:
         """The name of a cell."""

@@ -22,15 +22,9 @@ def concept_words(preset: Preset) -> str:
     return side.tags[0] if side.tags else preset.name.removeprefix("no-").replace("-", " ")
 
 
-def judged_prompts(preset: Preset, subjects: Sequence[str], seed: int = 0) -> list[str]:
-    """The prompts to draw with a map fitted on `preset`: the source prompts, where the preset has none for judging."""
-    write = getattr(preset, "judge_prompts", None)
-    return write(subjects, seed) if write else preset.prompts(subjects, seed)[0]
-
-
 def comparisons(preset: Preset, subjects: Sequence[str], words: str, seed: int = 0) -> dict[str, Comparison]:
     """What prompting alone can do about `words`, by label: say it, forbid it, or leave it out."""
-    prompts = judged_prompts(preset, subjects, seed)
+    prompts = preset.judge_prompts(subjects, seed)
     target = preset.prompts(subjects, seed)[1]
     if preset.kind == "negation":
         return {

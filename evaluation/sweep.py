@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from .asking import comparisons, concept_words, judged_prompts
+from .asking import comparisons, concept_words
 from .grid import draw_grid
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def preset_sweep(
         subjects: one row each.
         strengths, seed, call_options: as for `strength_sweep`.
     """
-    prompts, word = judged_prompts(preset, subjects, seed), concept_words(preset)
+    prompts, word = preset.judge_prompts(subjects, seed), concept_words(preset)
     compared = comparisons(preset, subjects, word, seed)
     if preset.kind == "negation":
         title = f"Taking away “{word}” with an act map"

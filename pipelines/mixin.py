@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..maps import ActMap
+from ..maps.presets import Preset, load_preset
 from .denoiser_inputs import DENOISERS
 from .guidance import Branches, conditional_first, is_guided, picture_count
 from .loader import ActMapLoaderMixin
@@ -238,6 +240,54 @@ class ACTMixin(ActMapLoaderMixin):
             latents=latents,
             rows=rows,
             **fit_options,
+        )
+        if name is not None:
+            self.load_act_map(act_map, name)
+        return act_map
+
+    def fit_preset(
+        self,
+        preset: Preset | str,
+        subjects: Sequence[str] | None = None,
+        count: int | None = None,
+        *,
+        name: str | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> ActMap:
+        """Fit a map on the prompts of a preset, which `actmaps presets` lists, and load it under `name`.
+
+        Args:
+            preset: its name, a .toml file, or a `Preset`.
+            subjects: what the prompts are about; None takes the preset's own.
+            count: draw only this many of the subjects.
+            name: name under which the map is loaded and active; with None it is only returned.
+            seed: of all draws.
+            **options: as for `fit_act_map`; what the preset advises for this architecture holds where they say nothing.
+
+        Returns:
+            The `ActMap`, named after the preset.
+
+        Raises:
+            ValueError: for an unknown or malformed preset, and as `fit_act_map`.
+        """
+        if not isinstance(preset, Preset):
+            preset = load_preset(preset)
+        if name is not None and name in self._act_maps:
+            raise ValueError(f"an act map named {name!r} is already loaded; delete it first or choose another name")
+        advice = preset.recommendation(type(self).__name__.removesuffix("ACTPipeline"))
+        options = {"sites": advice.sites, "support": advice.support} | options
+        fitted = self.fit_act_map(*preset.prompts(subjects, seed, count), seed=seed, **options)
+        act_map = ActMap(
+            fitted,
+            replace(
+                fitted.metadata,
+                name=preset.name,
+                description=preset.description,
+                licence=preset.licence,
+                presets=(preset.name,),
+                recommended_strength=advice.strength,
+            ),
         )
         if name is not None:
             self.load_act_map(act_map, name)

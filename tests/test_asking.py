@@ -2,7 +2,7 @@
 
 import pytest
 
-from actmaps.evaluation.asking import comparisons, concept_words, judged_prompts
+from actmaps.evaluation.asking import comparisons, concept_words
 from actmaps.maps.presets import Preset, PromptTemplates
 
 PLAIN, TAGGED = PromptTemplates(("{subject}",)), PromptTemplates(("{tags} of {subject}",), ("ink", "wash"), 1)
@@ -37,11 +37,9 @@ def test_what_goes_is_forbidden_or_left_out():
     assert (left_out.prompts, left_out.negative_prompt) == (["cat"], None)
 
 
-def test_presets_may_have_prompts_of_their_own_to_judge_on(monkeypatch):
-    preset = Preset("no-hat", "negation", HATS, PLAIN)
-    assert judged_prompts(preset, ["cat"]) == ["cat with a hat"]
-    without = lambda _self, subjects, seed: [f"{subject} without a hat {seed}" for subject in subjects]  # noqa: E731
-    monkeypatch.setattr(Preset, "judge_prompts", without, raising=False)
-    assert judged_prompts(preset, ["cat"], 3) == ["cat without a hat 3"]
-    forbidden, left_out = comparisons(preset, ["cat"], "a hat", 3).values()
-    assert (forbidden.prompts, left_out.prompts) == (["cat without a hat 3"], ["cat"])
+def test_presets_may_have_prompts_of_their_own_to_judge_on():
+    without = PromptTemplates(("{subject} without a hat",))
+    preset = Preset("no-hat", "negation", HATS, PLAIN, judge=without)
+
+    forbidden, left_out = comparisons(preset, ["cat"], "a hat").values()
+    assert (forbidden.prompts, left_out.prompts) == (["cat without a hat"], ["cat"])

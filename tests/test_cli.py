@@ -17,7 +17,7 @@ import tiny_models
 from actmaps import __version__, cli, cli_options
 from actmaps.demo import dataset
 from actmaps.demo.model import WEIGHTS
-from actmaps.maps import ActMap, ActMapMetadata, AffineMap
+from actmaps.maps import ActMap, ActMapMetadata, AffineMap, presets
 from actmaps.maps.presets import BUILT_IN, load_preset
 from actmaps.pipelines import StableDiffusionACTPipeline, TextGenerationACTPipeline
 
@@ -96,7 +96,7 @@ def test_unexpected_errors_are_marked_as_such(monkeypatch):
     def broken(_name):
         raise RuntimeError("a [red] surprise\nin two lines")
 
-    monkeypatch.setattr(cli, "_load_preset", broken)
+    monkeypatch.setattr(presets, "load_preset", broken)
     text = run("presets", "demo-neon-sign", code=1)
     assert text.strip() == (
         "error: unexpected RuntimeError: a [red] surprise in two lines (--debug shows where it comes from)"
@@ -239,7 +239,7 @@ def test_fit_on_a_preset_takes_over_its_advice(model, tmp_path):
 def test_every_built_in_preset_can_be_fitted_with_its_advice(model, name):
     pipe = StableDiffusionACTPipeline.from_pretrained(model)
     preset = load_preset(name)
-    act_map = cli._fit_preset(pipe, preset, count=3, num_inference_steps=2, timesteps=1, progress=False)
+    act_map = pipe.fit_preset(preset, count=3, num_inference_steps=2, timesteps=1, progress=False)
     advice = preset.recommendation("StableDiffusion")
     assert act_map.components == (advice.sites or ("unet",))
     assert (act_map[NORM_OUT].lower is None) == (advice.support == "all")
