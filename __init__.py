@@ -13,10 +13,12 @@ if TYPE_CHECKING:
         ActMap,
         ActMapMetadata,
         AffineMap,
+        Folded,
         Method,
         Steering,
         find_sites,
         fit_map,
+        fold,
         steer,
     )
     from .pipelines import ACTMixin, StableDiffusionACTPipeline, TextGenerationACTPipeline
@@ -29,8 +31,8 @@ WEB_DIRECTORY = "./web"
 _HOME = {
     **dict.fromkeys(
         (
-            *("ESTIMATORS", "METHODS", "ActMap", "ActMapMetadata", "AffineMap", "Method", "Steering"),
-            *("find_sites", "fit_map", "steer"),
+            *("ESTIMATORS", "METHODS", "ActMap", "ActMapMetadata", "AffineMap", "Folded", "Method", "Steering"),
+            *("find_sites", "fit_map", "fold", "steer"),
         ),
         ".maps",
     ),
@@ -45,6 +47,7 @@ __all__ = [
     "ActMap",
     "ActMapMetadata",
     "AffineMap",
+    "Folded",
     "Method",
     "StableDiffusionACTPipeline",
     "Steering",
@@ -52,6 +55,7 @@ __all__ = [
     "comfy_entrypoint",
     "find_sites",
     "fit_map",
+    "fold",
     "steer",
 ]
 
