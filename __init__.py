@@ -14,10 +14,12 @@ if TYPE_CHECKING:
         ActMap,
         ActMapMetadata,
         AffineMap,
+        Folded,
         Method,
         Steering,
         find_sites,
         fit_map,
+        fold,
         steer,
     )
     from .pipelines import (
@@ -42,8 +44,8 @@ WEB_DIRECTORY = "./web"
 _HOME = {
     **dict.fromkeys(
         (
-            *("ESTIMATORS", "METHODS", "ActMap", "ActMapMetadata", "AffineMap", "Method", "Steering"),
-            *("find_sites", "fit_map", "steer"),
+            *("ESTIMATORS", "METHODS", "ActMap", "ActMapMetadata", "AffineMap", "Folded", "Method", "Steering"),
+            *("find_sites", "fit_map", "fold", "steer"),
         ),
         ".maps",
     ),
@@ -70,6 +72,7 @@ __all__ = [
     "ActMapMetadata",
     "AffineMap",
     "FluxACTPipeline",
+    "Folded",
     "Method",
     "StableDiffusion3ACTPipeline",
     "StableDiffusionACTPipeline",
@@ -80,6 +83,7 @@ __all__ = [
     "comfy_entrypoint",
     "find_sites",
     "fit_map",
+    "fold",
     "load_act_pipeline",
     "steer",
     "strength_curve",

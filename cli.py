@@ -496,6 +496,37 @@ def push(
         say(f"Uploaded: {push_to_hub(act_map, repo_id, **shown, private=private, commit_message=message)}")
 
 
+@app.command(
+    epilog=examples(
+        "export pop-art.safetensors -o ComfyUI/models/loras/pop-art.safetensors",
+        "export anime.safetensors -m ./model --strength 0.8 -o anime-lora.safetensors",
+    )
+)
+def export(
+    map_file: Annotated[
+        str, typer.Argument(metavar="MAP", help="A .safetensors file, a folder, or a hub repository.")
+    ],
+    output: Annotated[Path, option("--output", "-o", help="The LoRA file, a .safetensors file.")],
+    model: Model = DEMO,
+    strength: Annotated[float, option(help="Of the map; the LoRA's own strength multiplies it.")] = 1.0,
+    partial: Annotated[
+        bool, option("--partial", help="Leave out sites that cannot be exported.", show_default=False)
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Write a map as a LoRA file, for ComfyUI without this package."""
+    with readable_errors(debug):
+        from .maps import ActMap
+        from .maps.lora_file import save_as_lora
+
+        act_map = ActMap.load(map_file)
+        pipe = load_image_model(model, "cpu", "float32")
+        left_out = save_as_lora(act_map, pipe._act_modules, output, strength, partial=partial)
+        say(f"Wrote [cyan]{output}[/], for {escape(model)}: a LoRA acts on all rows and in every step")
+        if left_out:
+            say(f"[yellow]{len(left_out)} sites are left out:[/] {escape(', '.join(left_out))}")
+
+
 @app.command(epilog=examples("presets", "presets watercolor", "presets ./my-style.toml --count 20 --seed 1"))
 def presets(
     name: Annotated[str | None, typer.Argument(help="Show this preset: its name or a .toml file.")] = None,

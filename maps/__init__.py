@@ -3,6 +3,7 @@
 from .act_map import ActMap, ActMapMetadata
 from .affine import AffineMap
 from .fitting import fit_map
+from .folding import Folded, fold
 from .methods import ESTIMATORS, METHODS, Method
 from .sites import find_sites
 from .steering import Steering, steer
@@ -13,9 +14,11 @@ __all__ = [
     "ActMap",
     "ActMapMetadata",
     "AffineMap",
+    "Folded",
     "Method",
     "Steering",
     "find_sites",
     "fit_map",
+    "fold",
     "steer",
 ]

@@ -55,8 +55,13 @@ def save(act_map: ActMap, path: str | PathLike[str]) -> None:
         "sites": {site: affine.channels for site, affine in act_map.items()},
         **asdict(act_map.metadata),
     }
+    write_tensors(path, tensors, {"format": "pt", "actmaps": json.dumps(header)})
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, which appears complete or not at all."""
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt", "actmaps": json.dumps(header)})
+        save_file(tensors, temporary, metadata=metadata)
 
 
 @contextmanager

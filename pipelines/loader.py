@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..maps import ActMap, steer
+from ..maps import ActMap, Folded, fold, steer
 from ..maps.files import DEFAULT_FILENAME
-from .strength import Strength, check_strength
+from .strength import Strength, check_strength, parts_of
 
 
 class ActMapLoaderMixin:
@@ -58,10 +58,7 @@ class ActMapLoaderMixin:
         if not isinstance(act_map, ActMap):
             act_map = ActMap.load(act_map, **hub_options)
         name = adapter_name or act_map.metadata.name
-        if name in self._act_maps:
-            raise ValueError(
-                f"an act map named {name!r} is already loaded; give another adapter_name or delete it first"
-            )
+        self._check_new(name)
         check_strength(strength, name, act_map)
         steer(self._act_modules, act_map).remove()  # raises if the map does not fit this model
         self._act_maps[name] = act_map
@@ -79,6 +76,7 @@ class ActMapLoaderMixin:
         Raises:
             ValueError: for unknown names or components, or unequal numbers of names and strengths.
         """
+        self._check_not_fused("choose others")
         names = [names] if isinstance(names, str) else list(names)
         if isinstance(strengths, Sequence):
             if len(strengths) != len(names):
@@ -105,6 +103,7 @@ class ActMapLoaderMixin:
 
     def delete_act_maps(self, names: str | Sequence[str]) -> None:
         """Forget maps. Raises ValueError for unknown names."""
+        self._check_not_fused("delete any")
         for name in [names] if isinstance(names, str) else list(names):
             self._act_map(name)
             del self._act_maps[name]
@@ -112,6 +111,7 @@ class ActMapLoaderMixin:
 
     def unload_act_maps(self) -> None:
         """Forget all maps."""
+        self._check_not_fused("unload any")
         self._act_maps.clear()
         self._act_strengths.clear()
 
@@ -121,7 +121,83 @@ class ActMapLoaderMixin:
 
     def disable_act(self) -> None:
         """Apply no map until `enable_act`; maps and strengths stay as they are."""
+        self._check_not_fused("disable them")
         self.__dict__["_act_enabled"] = False
+
+    def fuse_act(
+        self, strength: float | Mapping[str, Any] | None = None, *, partial: bool = False, everywhere: bool = False
+    ) -> None:
+        """Fold the active maps into the weights, as `fuse_lora` does with a LoRA: steering then costs nothing.
+
+        Weights are the same for all rows, tokens and steps. Maps that are made for some of them only, those with `rows="cond"`, a
+        `window`, or a `scope`, therefore steer otherwise than by hooks once they are fused: both rows of classifier-free
+        guidance, in every step. While maps are fused, calls do not steer by them again, and maps cannot be changed.
+
+        Args:
+            strength: None takes the strengths as set; a number holds for every active map; a dict {map name: strength} changes
+                some. A strength is a number, or a dict of numbers by component.
+            partial: leave sites that do not fold to hooks, which stay on the model until `unfuse_act`.
+            everywhere: fuse also those maps that are made for some rows, tokens or steps only.
+
+        Raises:
+            ValueError: if no map is active or some are fused already; if a strength is a function or by prompt; if a map acts on
+                some rows, tokens or steps only, unless `everywhere`; if sites do not fold, unless `partial`. See `actmaps.fold`.
+        """
+        self._check_not_fused("fuse again")
+        maps = self._act_maps_for(strength)
+        if not maps:
+            raise ValueError("no act map is active; load one, or choose with set_act_maps")
+        parts: dict[ActMap, float] = {}
+        for act_map, of_map in maps.items():
+            narrow = self._act_narrowed_to(act_map)
+            if narrow and not everywhere:
+                raise ValueError(
+                    f"act map {act_map.metadata.name!r} acts on {' and '.join(narrow)} only, and weights act on all rows, tokens "
+                    "and steps: fuse_act(everywhere=True) accepts that, or do not fuse it"
+                )
+            for sites, number in parts_of(of_map, act_map):
+                if callable(number) or isinstance(number, Sequence):
+                    raise ValueError(
+                        f"the strength of act map {act_map.metadata.name!r} at {sites[0]} is "
+                        f"{'a function' if callable(number) else 'given by prompt'}; weights take one number: fuse_act(strength=1.0)"
+                    )
+                parts[act_map.select(sites)] = float(number)
+        self.__dict__["_act_folded"] = fold(self._act_modules, parts, partial=partial)
+        self.__dict__["_act_fused_maps"] = tuple(maps)
+
+    def unfuse_act(self) -> None:
+        """Take the fused maps out of the weights, which are then bit for bit as before; without fused maps it does nothing."""
+        folded: Folded | None = self.__dict__.get("_act_folded")
+        if folded is not None:
+            folded.unfold()
+        self.__dict__["_act_folded"], self.__dict__["_act_fused_maps"] = None, ()
+
+    def _act_narrowed_to(self, act_map: ActMap) -> list[str]:
+        """What a map acts on in a call, where that is not all of it."""
+        made, narrow = act_map.metadata, []
+        if made.rows == "cond":
+            narrow.append("the conditional rows of classifier-free guidance")
+        if made.window != (0.0, 1.0) and not all(part.startswith("text_encoder") for part in act_map.components):
+            narrow.append(f"the part {made.window[0]:g} to {made.window[1]:g} of the sampling steps")
+        return narrow
+
+    @property
+    def _act_fused(self) -> tuple[ActMap, ...]:
+        """The maps that are fused."""
+        return self.__dict__.get("_act_fused_maps", ())
+
+    def _check_new(self, name: str | None) -> None:
+        """Raise ValueError unless a map may be loaded under `name`; None is never loaded."""
+        if name is None:
+            return
+        self._check_not_fused("load another one")
+        if name in self._act_maps:
+            raise ValueError(f"an act map named {name!r} is already loaded; choose another name or delete it first")
+
+    def _check_not_fused(self, wish: str) -> None:
+        if self._act_fused:
+            names = ", ".join(repr(name) for name, act_map in self._act_maps.items() if act_map in self._act_fused)
+            raise ValueError(f"act maps are fused ({names}): call unfuse_act() before you {wish}")
 
     def save_act_map(
         self, save_directory: str | PathLike[str], adapter_name: str, *, filename: str = DEFAULT_FILENAME
@@ -137,13 +213,17 @@ class ActMapLoaderMixin:
         return self._act_maps[name]
 
     def _act_maps_for(self, act_strength: Any) -> dict[ActMap, Strength]:
-        """The active maps with their strengths for one call."""
-        strengths = {name: self._act_strengths[name] for name in self.get_active_act_maps()}
+        """The active maps with their strengths for one call, less those that are fused."""
+        fused = {name for name, act_map in self._act_maps.items() if act_map in self._act_fused}
+        strengths = {name: self._act_strengths[name] for name in self.get_active_act_maps() if name not in fused}
         if isinstance(act_strength, Mapping):
             for name in act_strength:
                 self._act_map(name)
+                if name in fused:
+                    self._check_not_fused("give them another strength")
             strengths.update(act_strength)
         elif act_strength is not None:
+            self._check_not_fused("give them another strength")
             strengths = dict.fromkeys(strengths, act_strength)
         for name, strength in strengths.items():
             check_strength(strength, name, self._act_maps[name])

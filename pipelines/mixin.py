@@ -212,8 +212,7 @@ class ACTMixin(ActMapLoaderMixin):
         Raises:
             ValueError: for empty prompt sets, unknown options, sites or timesteps.
         """
-        if name is not None and name in self._act_maps:
-            raise ValueError(f"an act map named {name!r} is already loaded; delete it first or choose another name")
+        self._check_new(name)
         sizes = {"height": height, "width": width, "guidance_scale": guidance_scale}
         fit = PipelineFit(
             pipe=self,
@@ -273,8 +272,7 @@ class ACTMixin(ActMapLoaderMixin):
         """
         if not isinstance(preset, Preset):
             preset = load_preset(preset)
-        if name is not None and name in self._act_maps:
-            raise ValueError(f"an act map named {name!r} is already loaded; delete it first or choose another name")
+        self._check_new(name)
         advice = preset.recommendation(type(self).__name__.removesuffix("ACTPipeline"))
         options = {"sites": advice.sites, "support": advice.support} | options
         fitted = self.fit_act_map(*preset.prompts(subjects, seed, count), seed=seed, **options)

@@ -68,6 +68,10 @@ class TextGenerationACTPipeline(ActMapLoaderMixin, TextGenerationPipeline):
     def _act_modules(self) -> dict[str, nn.Module]:
         return {"model": self.model}
 
+    def _act_narrowed_to(self, act_map: ActMap) -> list[str]:
+        scope = act_map.metadata.scope
+        return [] if scope == "all" else [f"{scope!r} tokens"]
+
     def fit_act_map(
         self,
         source_texts: Iterable[Text],
@@ -111,8 +115,7 @@ class TextGenerationACTPipeline(ActMapLoaderMixin, TextGenerationPipeline):
         texts = {
             side: _as_list(of_side, side) for side, of_side in (("source", source_texts), ("target", target_texts))
         }
-        if name is not None and name in self._act_maps:
-            raise ValueError(f"an act map named {name!r} is already loaded; delete it first or choose another name")
+        self._check_new(name)
         names = self._expanded(sites)
         batches = {side: self._micro_batches(of_side, side, batch_size, max_length) for side, of_side in texts.items()}
         method = as_method(method)

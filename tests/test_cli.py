@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import tiny_language_models
@@ -22,7 +23,7 @@ from actmaps.maps.presets import BUILT_IN, load_preset
 from actmaps.pipelines import StableDiffusionACTPipeline, TextGenerationACTPipeline
 
 NORM_OUT = "unet.conv_norm_out"
-COMMANDS = ("demo", "fit", "sweep", "generate", "inspect", "blend", "push", "presets")
+COMMANDS = ("demo", "fit", "sweep", "generate", "inspect", "blend", "push", "export", "presets")
 
 
 def run(*arguments, code=0):
@@ -450,6 +451,32 @@ def test_push_refuses(arguments, problem, tmp_path):
     act_map = str(save_map(tmp_path / "ink.safetensors"))
     arguments = [act_map if argument == "MAP" else argument for argument in arguments]
     assert problem in run("push", *arguments, "--folder", tmp_path / "out", code=1)
+
+
+# export --------------------------------------------------------------------------------------------------------------
+
+
+def test_export_writes_a_lora_file_for_the_model(model, tmp_path):
+    act_map = save_map(tmp_path / "ink.safetensors", 2.0)
+    output = tmp_path / "loras" / "ink.safetensors"
+    text = run("export", act_map, "-m", model, "-o", output, "--strength", "0.5")
+    assert str(output) in text
+    differences = load_file(output)
+    assert list(differences) == ["lora_unet_conv_norm_out.diff_b"]
+    assert differences["lora_unet_conv_norm_out.diff_b"].tolist() == [0.5 * 2.0] + [0.0] * 15
+
+
+def test_export_names_what_it_leaves_out(model, tmp_path):
+    bounds = torch.zeros(16), torch.ones(16)
+    site = "unet.conv_in"
+    bounded = AffineMap(torch.full((16,), 2.0), torch.ones(16), *bounds)
+    path, output = tmp_path / "ink.safetensors", tmp_path / "lora.safetensors"
+    ActMap({site: bounded, NORM_OUT: AffineMap(torch.full((16,), 2.0), torch.ones(16))}).save(path)
+    arguments = ("export", path, "-m", model, "-o", output)
+    assert f"{site}: its map has a support" in run(*arguments, code=1)
+    assert not output.exists()
+    assert f"1 sites are left out: {site}" in run(*arguments, "--partial")
+    assert {key.split(".")[0] for key in load_file(output)} == {"lora_unet_conv_norm_out"}
 
 
 # demo ----------------------------------------------------------------------------------------------------------------

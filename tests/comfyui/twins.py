@@ -8,7 +8,6 @@ import comfy.sd1_clip
 import comfy.supported_models
 import comfy.utils
 import torch
-from comfy.model_base import BaseModel
 from comfy.sdxl_clip import SDXLClipG
 from comfy.text_encoders.llama import Gemma2_2B, Llama2
 from comfy.text_encoders.t5 import T5
@@ -49,7 +48,7 @@ class Twins:
     run_theirs: Callable[[], Tensor]
     run_ours: Callable[[], Tensor]
     component: nn.Module
-    model: BaseModel | None = None
+    model: nn.Module | None = None
 
 
 def random(*shape, seed=0):
@@ -453,10 +452,16 @@ def _encoders(name, theirs, ours, run_theirs, read=lambda out: out[0], tokens=TO
     missing, unexpected = ours.transformer.load_state_dict(state, strict=False)
     assert all("position_ids" in key or "embed_tokens" in key for key in unexpected), unexpected
     assert all("text_projection" in key for key in missing), missing
-    places = encoder_places(Encoders(**{name: ours}))[name]
+    encoders = Encoders(**{name: ours})
+    places = encoder_places(encoders)[name]
     component = next(iter(places)).split(".")[0]
     return Twins(
-        find_places({component: theirs}), places, run_theirs, lambda: read(ours([list(row) for row in tokens])), theirs
+        find_places({component: theirs}),
+        places,
+        run_theirs,
+        lambda: read(ours([list(row) for row in tokens])),
+        theirs,
+        encoders,
     )
 
 
