@@ -11,7 +11,7 @@ from .places import class_names, find_places
 from .sites import find_sites
 
 IMAGE_SITES: dict[str, str] = {
-    "norms": "every normalisation layer but those of queries and keys, of each denoiser",
+    "norms": "every normalisation layer but those of queries and keys, of the denoiser",
     "blocks": "what every transformer block puts out, each stream by itself",
 }
 
@@ -31,9 +31,9 @@ def image_sites(
 
     Args:
         components: text encoders and denoisers by component name.
-        denoisers: which of them are denoisers.
-        sites: None is the preset of the denoiser's architecture: the norms, or for FLUX what the paper steers. A component name
-            stands for the preset of that component, "norms" and "blocks" for those of the denoisers (`IMAGE_SITES`);
+        denoisers: which of them are denoisers, the one for early steps first.
+        sites: None is the preset of the first denoiser's architecture: the norms, or for FLUX what the paper steers. A component
+            name stands for the preset of that component, "norms" and "blocks" for those of the first denoiser (`IMAGE_SITES`);
             everything else is as in `find_sites`. A list may mix them.
 
     Returns:
@@ -43,7 +43,7 @@ def image_sites(
         ValueError: if a pattern matches nothing; the error lists the closest names.
     """
     if sites is None:
-        sites = list(denoisers)
+        sites = denoisers[0]
     if isinstance(sites, str):
         if sites not in components and sites not in IMAGE_SITES:
             return find_sites(components, sites)
@@ -53,8 +53,7 @@ def image_sites(
         if pattern in components:
             names += _preset(components[pattern], pattern)
         elif pattern in IMAGE_SITES:
-            for denoiser in denoisers:
-                names += _named(components[denoiser], denoiser, pattern)
+            names += _named(components[denoisers[0]], denoisers[0], pattern)
         else:
             names.append(pattern)
     return find_sites(components, names)

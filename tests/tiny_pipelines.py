@@ -311,24 +311,33 @@ def qwen_image() -> dict[str, Any]:
     }
 
 
+def wan_transformer() -> diffusers.WanTransformer3DModel:
+    return diffusers.WanTransformer3DModel(
+        num_attention_heads=4,
+        attention_head_dim=12,
+        text_dim=WIDTH,
+        freq_dim=32,
+        ffn_dim=48,
+        num_layers=2,
+        rope_max_seq_len=32,
+    )
+
+
 def wan() -> dict[str, Any]:
     return {
         "tokenizer": letters_tokenizer(),
         "text_encoder": t5("UMT5"),
-        "transformer": diffusers.WanTransformer3DModel(
-            num_attention_heads=4,
-            attention_head_dim=12,
-            text_dim=WIDTH,
-            freq_dim=32,
-            ffn_dim=48,
-            num_layers=2,
-            rope_max_seq_len=32,
-        ),
+        "transformer": wan_transformer(),
         "vae": diffusers.AutoencoderKLWan(base_dim=3, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
         "scheduler": diffusers.UniPCMultistepScheduler(
             flow_shift=3.0, use_flow_sigmas=True, prediction_type="flow_prediction"
         ),
     }
+
+
+def wan_2_2() -> dict[str, Any]:
+    """Two transformers: one for the noisy steps, one for the others."""
+    return wan() | {"transformer_2": wan_transformer(), "boundary_ratio": 0.8}
 
 
 def z_image() -> dict[str, Any]:
@@ -402,6 +411,60 @@ def ltx() -> dict[str, Any]:
     }
 
 
+def aura_flow() -> dict[str, Any]:
+    return {
+        "tokenizer": letters_tokenizer(),
+        "text_encoder": t5(),
+        "transformer": diffusers.AuraFlowTransformer2DModel(
+            sample_size=8,
+            patch_size=1,
+            in_channels=4,
+            out_channels=4,
+            num_mmdit_layers=1,
+            num_single_dit_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=WIDTH,
+            caption_projection_dim=WIDTH,
+            pos_embed_max_size=64,
+        ),
+        "vae": kl(4),
+        "scheduler": flow(),
+    }
+
+
+def cogvideox() -> dict[str, Any]:
+    return {
+        "tokenizer": letters_tokenizer(),
+        "text_encoder": t5(),
+        "transformer": diffusers.CogVideoXTransformer3DModel(
+            num_attention_heads=4,
+            attention_head_dim=8,
+            in_channels=4,
+            out_channels=4,
+            time_embed_dim=8,
+            text_embed_dim=WIDTH,
+            num_layers=2,
+            sample_width=2,
+            sample_height=2,
+            sample_frames=9,
+            patch_size=2,
+            temporal_compression_ratio=4,
+            max_text_seq_length=24,
+        ),
+        "vae": diffusers.AutoencoderKLCogVideoX(
+            down_block_types=("CogVideoXDownBlock3D",) * 4,
+            up_block_types=("CogVideoXUpBlock3D",) * 4,
+            block_out_channels=(8, 8, 8, 8),
+            latent_channels=4,
+            layers_per_block=1,
+            norm_num_groups=2,
+            temporal_compression_ratio=4,
+        ),
+        "scheduler": diffusers.CogVideoXDDIMScheduler(),
+    }
+
+
 SMALL = {"height": 16, "width": 16}
 TRUE_CFG = {"guided": {"true_cfg_scale": 4.0, "negative_prompt": "ugly"}, "unguided": {"true_cfg_scale": 1.0}}
 
@@ -432,6 +495,7 @@ ARCHITECTURES = {
     ),
     "qwen-image": Architecture("QwenImagePipeline", qwen_image, {"height": 32, "width": 32}, **TRUE_CFG),
     "wan": Architecture("WanPipeline", wan, SMALL | {"num_frames": 5, "max_sequence_length": 24}),
+    "wan-2.2": Architecture("WanPipeline", wan_2_2, SMALL | {"num_frames": 5, "max_sequence_length": 24}),
     "z-image": Architecture("ZImagePipeline", z_image, SMALL | {"max_sequence_length": 24}),
     "lumina-2": Architecture(
         "Lumina2Pipeline",
@@ -440,6 +504,10 @@ ARCHITECTURES = {
     ),
     "ltx": Architecture("LTXPipeline", ltx, {"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 24}),
     "chroma": Architecture("ChromaPipeline", chroma, SMALL | {"max_sequence_length": 24}),
+    "aura-flow": Architecture("AuraFlowPipeline", aura_flow, SMALL | {"max_sequence_length": 24}),
+    "cogvideox": Architecture(
+        "CogVideoXPipeline", cogvideox, {"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 24}
+    ),
 }
 
 
