@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -90,6 +91,8 @@ class SteeredCall:
         self._armed: list[ArmedPart] = []
         self._undo = ExitStack()
         try:
+            for name in denoisers:
+                _check_block_caches(name, components[name], [site for act_map in maps for site in act_map])
             for act_map, strength in maps.items():
                 for armed in armed_parts(components, act_map, strength):
                     self._undo.callback(armed.steering.remove)
@@ -161,3 +164,20 @@ def _same(timestep: Any, last: Any) -> bool:
         return False
     one, other = (t.flatten()[0] if isinstance(t, Tensor) else t for t in (timestep, last))
     return bool(one == other)
+
+
+# Hooks of the caches that skip whole blocks: FirstBlockCache, MagCache, SeaCache.
+_SKIPS_BLOCKS = re.compile(r"(fbc|mag_cache|sea_cache)\w*_block\w*")
+
+
+def _check_block_caches(name: str, denoiser: nn.Module, sites: Sequence[str]) -> None:
+    """Raise ValueError if a cache skips blocks whose outputs are moved: behind every skipped block they would be moved again."""
+    moved = {site.split(":")[0] for site in sites}
+    for path, module in denoiser.named_modules():
+        site = f"{name}.{path.removeprefix('_orig_mod.')}"
+        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+        if site in moved and any(_SKIPS_BLOCKS.fullmatch(hook) for hook in hooks):
+            raise ValueError(
+                f"{site} is a block that the {name}'s cache skips, and an active act map moves what it puts out: the map would act "
+                f'several times over. Call {name}.disable_cache(), or use a map that was fitted with sites="norms"'
+            )

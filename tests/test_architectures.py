@@ -203,3 +203,19 @@ def test_every_text_to_image_pipeline_of_diffusers_has_a_class():
     assert len(kinds) > 100
     assert act_pipeline_class("FluxPipeline") is act_pipeline_class(diffusers.FluxPipeline)
     assert act_pipeline_class(act_pipeline_class("FluxPipeline")) is act_pipeline_class("FluxPipeline")
+
+
+def test_a_cache_that_skips_blocks_refuses_maps_on_their_outputs():
+    pipe = build("flux-dev")
+    fit(pipe, "flux-dev", name="blocks", sites="transformer")
+    fit(pipe, "flux-dev", name="norms", sites="norms")
+    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=1.0))
+
+    pipe.set_act_maps("blocks")
+    with pytest.raises(ValueError, match=r"blocks.0 is a block that the transformer's cache skips.*disable_cache"):
+        generate(pipe, "flux-dev")
+    pipe.set_act_maps("norms")
+    assert torch.isfinite(generate(pipe, "flux-dev")).all()
+    pipe.transformer.disable_cache()
+    pipe.set_act_maps("blocks")
+    assert torch.isfinite(generate(pipe, "flux-dev")).all()
