@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from .act_map import ActMap, ActMapMetadata
@@ -128,7 +128,8 @@ def fit_map(
         report=progress if callable(progress) else None,
     )
     bar = tqdm(total=len(places), disable=progress is not True, desc="Fitting sites", unit="site")
-    with evaluating(roots(model)), torch.no_grad(), bar:
+    # A compiled forward cannot wait in the middle: it runs as Python.
+    with evaluating(roots(model)), torch.no_grad(), torch.compiler.set_stance("force_eager"), bar:
         micro_batches = [
             _MicroBatch(forward, batch, side, Offload(weights) if offload else None)
             for side, batches in sides.items()
@@ -271,7 +272,7 @@ class _Fit:
                 self._fit_site(arrived, *(self._collect(waiting, side) for side in ("source", "target")))
                 bar.update()
 
-    def _at_site(self, site: str, place: Place, _module: nn.Module, output: Any) -> Any:
+    def _at_site(self, site: str, place: Place, output: Any) -> Any:
         """The hook on every site: hand samples over and wait for the map at the first visit, apply it at every visit."""
         micro_batch = getcurrent()
         if not isinstance(micro_batch, _MicroBatch):

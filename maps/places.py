@@ -252,9 +252,9 @@ def _unit_count(module: nn.Module) -> int | None:
 
 def _unwrapped(module: nn.Module) -> nn.Module:
     """The layer inside a LoRA wrapper or a compiled module, whose output has the same layout."""
-    for attribute in ("_orig_mod", "base_layer"):
-        inner = getattr(module, attribute, None)
-        if isinstance(inner, nn.Module):
+    for name in ("_orig_mod", "base_layer"):
+        inner = module._modules.get(name)
+        if inner is not None:
             return _unwrapped(inner)
     return module
 

@@ -127,7 +127,7 @@ def _trace(places: Places, run: Callable[[], Any]) -> list[str]:
     for site, place in places.items():
         handles.append(place.module.register_forward_hook(lambda *_, site=site: reached.setdefault(site)))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiled code may not notice the hooks
             run()
     finally:
         for handle in handles:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +30,11 @@ class DenoiserInputs:
     timestep_name: str
 
     @classmethod
-    def of(cls, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DenoiserInputs:
+    def of(cls, denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> DenoiserInputs:
         """Raises ValueError where the denoiser takes no timestep."""
         kind: Any = type(getattr(denoiser, "_orig_mod", denoiser))
         names = list(inspect.signature(kind.forward).parameters)[1:]  # without self
-        arguments = dict(zip(names, args, strict=False)) | kwargs
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         timestep = next((name for name in _TIMESTEP if name in names), None)
         if timestep is None:
             raise ValueError(f"{type(denoiser).__name__}.forward has no argument {' or '.join(_TIMESTEP)}")

@@ -219,7 +219,7 @@ class PipelineFit:
             if _batch.get() is not None:
                 raise _Done
 
-        with ExitStack() as undo:
+        with torch.compiler.set_stance("force_eager"), ExitStack() as undo:  # compiled code may not notice hooks
             for name in self.denoisers:
                 module = self.components[name]
                 undo.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..maps import ActMap, Steering, steer
+from ..maps.hooks import before_call
 from .denoiser_inputs import DenoiserInputs
 from .guidance import Branches
 from .strength import PartStrength, Strength, parts_of
@@ -105,8 +107,7 @@ class SteeredCall:
             for armed in self._encoders:
                 armed.set(0, planned_steps)
             for name in denoisers:
-                hook = components[name].register_forward_pre_hook(self._before_denoiser, with_kwargs=True)
-                self._undo.callback(hook.remove)
+                self._undo.callback(before_call(components[name], partial(self._before_denoiser, components[name])))
             self._undo.enter_context(branches.listening())
         except BaseException:
             self.remove()
@@ -133,7 +134,7 @@ class SteeredCall:
             for armed in self._encoders:
                 armed.set(0, self._planned_steps)
 
-    def _before_denoiser(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_denoiser(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         inputs = DenoiserInputs.of(module, args, kwargs)
         if _same(inputs.timestep, self._timestep):
             self._call += 1

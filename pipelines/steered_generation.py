@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..maps import ActMap
+from ..maps.hooks import before_call
 from .steered_call import ArmedPart, armed_parts
 from .strength import Strength
 
@@ -58,9 +59,9 @@ class SteeredGeneration:
         except BaseException:
             self.remove()
             raise
-        self._handle = self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        self._undo = before_call(self._model, self._before_forward)
 
-    def _before_forward(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         tokens = args[0] if args else kwargs.get("input_ids")
         tokens = kwargs["inputs_embeds"] if tokens is None else tokens
         # On the CPU, whatever the model's device: what follows asks for their values.
@@ -77,8 +78,8 @@ class SteeredGeneration:
 
     def remove(self) -> None:
         """Restore the model."""
-        if hasattr(self, "_handle"):
-            self._handle.remove()
+        if hasattr(self, "_undo"):
+            self._undo()
         for armed, _ in self._armed:
             armed.steering.remove()
 
@@ -89,7 +90,7 @@ class SteeredGeneration:
         self.remove()
 
 
-def _first_position(kwargs: dict[str, Any]) -> int:
+def _first_position(kwargs: Mapping[str, Any]) -> int:
     """Position of the first token that a forward computes: how many the key-value cache holds."""
     # The argument is called past_key_values or cache, by version and model.
     cache = next((value for value in kwargs.values() if hasattr(value, "get_seq_length")), None)

@@ -240,13 +240,18 @@ def test_a_forward_that_someone_else_patched_goes_on_working(model, clip, act_ma
     module = model.get_model_object(name)
     patched = model.clone()
     original = type(module).forward
-    patched.add_object_patch(f"{name}.forward", lambda x: 0.5 * original(module, x))
+
+    def halved(x):
+        return 0.5 * original(module, x)
+
+    patched.add_object_patch(f"{name}.forward", halved)
     both = sample(steered_model(patched, AppliedMap(act_map)), clip)
-    with steer(denoiser_places(model.model), act_map) as steering:
-        steering.rows = torch.tensor([0.0, 1.0])
-        expected = sample(patched, clip)
+    sample(model, clip)  # takes the patch off
+    module.forward = halved
+    with steer(denoiser_places(model.model), act_map, rows=torch.tensor([0.0, 1.0])):
+        expected = sample(model, clip)
+    del module.forward
     torch.testing.assert_close(both.latents, expected.latents, rtol=1e-5, atol=1e-5)
-    sample(model, clip)
 
 
 def compiled(model):
