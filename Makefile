@@ -51,6 +51,8 @@ docs docs-serve: $(VENV)/.installed-docs
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/fit_cost.py
+	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/load.py
 	$(BIN)/python benchmarks/steering_quality.py
 
 # torch comes first and alone, so that no other requirement pulls a build of its own.

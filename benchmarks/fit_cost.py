@@ -1,106 +1,45 @@
 """What fitting costs: time against the plain forward passes and against a pass per site, and peak memory.
 
     python benchmarks/fit_cost.py                      # all tables
-    python benchmarks/fit_cost.py --model unet --prompts 32 --repeats 5 --memory-prompts
+    python benchmarks/fit_cost.py --model sdxl llama --repeats 3 --memory-prompts
     python benchmarks/fit_cost.py --json fit_cost.json
+    python benchmarks/fit_cost.py --device cuda --dtype bfloat16 --real-size --model sdxl flux --prompts 16 --batch-size 2
 
-Models are randomly initialised: a U-Net with the blocks of Stable Diffusion 1.5 at reduced width, and a text encoder of the
-size of CLIP-L. Repetitions of the plain passes and of the fit alternate; medians are shown.
+Models are randomly initialised and have the blocks of real ones; see random_models.py. Repetitions of the plain passes and of the fit
+alternate; medians are shown.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import resource
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from actmaps.maps import ESTIMATORS, METHODS, ActMap, AffineMap, Method, find_sites, fit_map, steer
 from actmaps.maps.methods import TRANSPORTS
 from actmaps.maps.pooling import samples
-from actmaps.maps.sites import resolve
+from actmaps.maps.sites import read_activations, resolve
+from measuring import Stopwatch, add_options, finished, in_new_process, memory, started
+from random_models import MODELS, Subject, build
 
 TARGET_RATIO = 1.15
 POSITIONS = 64
-Batches = dict[str, list[dict[str, Tensor]]]
+Batches = dict[str, list[dict[str, Any]]]
 
 
-def unet(size: int) -> tuple[nn.Module, Callable[[int, Tensor], dict[str, Tensor]]]:
-    """Stable Diffusion 1.5's U-Net at a fifth of its width for `size` x `size` latents, and a function that makes inputs."""
-    model = UNet2DConditionModel(
-        sample_size=size,
-        block_out_channels=(64, 128, 256, 256),
-        cross_attention_dim=128,
-        attention_head_dim=8,
-        norm_num_groups=32,
-    )
-
-    def inputs(rows: int, shift: Tensor) -> dict[str, Tensor]:
-        return {
-            "sample": torch.randn(rows, 4, size, size),
-            "timestep": torch.randint(0, 1000, (rows,)),
-            "encoder_hidden_states": torch.randn(rows, 77, 128) + shift,
-        }
-
-    return model.eval(), inputs
-
-
-def text_encoder() -> tuple[nn.Module, Callable[[int, Tensor], dict[str, Tensor]]]:
-    """A text encoder with CLIP-L's 12 layers of width 768, and a function that makes prompts of 77 tokens."""
-    config = CLIPTextConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, vocab_size=1000
-    )
-
-    def inputs(rows: int, shift: Tensor) -> dict[str, Tensor]:
-        return {"input_ids": torch.randint(0, 500, (rows, 77)) + (400 * shift).long()}
-
-    return CLIPTextModel(config).eval(), inputs
-
-
-def build(name: str, prompts: int, batch_size: int, size: int = 32) -> tuple[nn.Module, Batches]:
-    """A model and the micro-batches of `prompts` prompts, half of them source, half target."""
-    torch.manual_seed(0)
-    model, inputs = unet(size) if name == "unet" else text_encoder()
+def micro_batches(subject: Subject, prompts: int, batch_size: int) -> Batches:
+    """The micro-batches of `prompts` prompts, half of them source, half target."""
     batches: Batches = {"source": [], "target": []}
     for side, shift in (("source", 0.0), ("target", 0.5)):
         for start in range(0, prompts // 2, batch_size):
-            batches[side].append(inputs(min(batch_size, prompts // 2 - start), torch.tensor(shift)))
-    return model, batches
-
-
-@dataclass
-class Stopwatch:
-    """Wall and processor seconds."""
-
-    wall: float = 0.0
-    cpu: float = 0.0
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Add the time that passes inside."""
-        wall, cpu = time.perf_counter(), time.process_time()
-        try:
-            yield
-        finally:
-            self.wall += time.perf_counter() - wall
-            self.cpu += time.process_time() - cpu
+            batches[side].append(subject.inputs(min(batch_size, prompts // 2 - start), shift))
+    return batches
 
 
 def timed_method(name: str, watch: Stopwatch) -> Method:
@@ -132,7 +71,8 @@ def pass_for_one_site(model: nn.Module, batches: Batches, before: ActMap | None,
     found: dict[str, list[Tensor]] = {"source": [], "target": []}
     side = "source"
 
-    def record(_module: nn.Module, _args: Any, x: Tensor) -> None:
+    def record(_module: nn.Module, _args: Any, output: Any) -> None:
+        x = read_activations(place, output, site)
         dim = place.channel_dim(x)
         found[side].append(samples(x, channel_dim=dim, pooling="none", positions=POSITIONS, site=site))
         raise _Reached
@@ -155,7 +95,7 @@ def pass_for_one_site(model: nn.Module, batches: Batches, before: ActMap | None,
 
 @dataclass
 class Cost:
-    """Medians in seconds for one model."""
+    """Medians in seconds for one model, and the most MiB that were in use, where the device tells (0: it does not)."""
 
     model: str
     sites: int
@@ -168,39 +108,44 @@ class Cost:
     per_site: float
     per_site_measured: int
     difference: float
+    peak_plain: float
+    peak_ours: float
     ratio: float = field(init=False)
 
     def __post_init__(self) -> None:
         self.ratio = (self.ours - self.estimators) / self.plain
 
 
-def measure(name: str, prompts: int, batch_size: int, repeats: int, reference_sites: int, method: str) -> Cost:
-    model, batches = build(name, prompts, batch_size)
-    plain_passes(model, {side: micro_batches[:1] for side, micro_batches in batches.items()})  # warm up
-    times = []
+def measure(subject: Subject, prompts: int, batch_size: int, repeats: int, reference_sites: int, method: str) -> Cost:
+    model, device = subject.module, next(subject.module.parameters()).device
+    batches = micro_batches(subject, prompts, batch_size)
+    plain_passes(model, batches)  # warm up
+    times, peaks = [], (0.0, 0.0)
     act_map = None
     for _ in range(repeats):
-        plain, ours, estimators = Stopwatch(), Stopwatch(), Stopwatch()
+        plain, ours, estimators = Stopwatch(device), Stopwatch(device), Stopwatch(device)
         with plain.running():
             plain_passes(model, batches)
+        peak_plain = peak_since(device)
         with ours.running():
             timed = timed_method(method, estimators)
-            act_map = fit_map(model, **batches, method=timed, positions=POSITIONS, progress=False)
+            act_map = fit_map(model, **batches, sites=subject.sites, method=timed, positions=POSITIONS, progress=False)
+        peaks = (peak_plain, peak_since(device))
         times.append((plain, ours, estimators))
     assert act_map is not None
-    assert len(act_map) == len(find_sites(model))
+    assert len(act_map) == len(find_sites(model, subject.sites))
     sites = list(act_map)
     chosen = [sites[round((i + 0.5) * len(sites) / reference_sites - 0.5)] for i in range(reference_sites)]
-    reference, difference = Stopwatch(), 0.0
+    reference, difference = Stopwatch(device), 0.0
     for site in chosen:
         before = act_map.select(sites[: sites.index(site)]) if site != sites[0] else None
         with reference.running():
             found = pass_for_one_site(model, batches, before, site, method)
         ours_there = act_map[site]
         for one, other in ((found.scale, ours_there.scale), (found.shift, ours_there.shift)):
-            difference = max(difference, float((one - other).abs().max() / other.abs().max().clamp_min(1)))
+            difference = max(difference, float((one.cpu() - other).abs().max() / other.abs().max().clamp_min(1)))
     return Cost(
-        model=name,
+        model=subject.title,
         sites=len(sites),
         prompts=prompts,
         batch_size=batch_size,
@@ -211,44 +156,41 @@ def measure(name: str, prompts: int, batch_size: int, repeats: int, reference_si
         per_site=reference.wall / reference_sites * len(sites),
         per_site_measured=reference_sites,
         difference=difference,
+        peak_plain=peaks[0],
+        peak_ours=peaks[1],
     )
 
 
-def peak(prompts: int, batch_size: int) -> dict[str, float]:
-    """Peak resident MiB of one fit in this process, and what was resident before it."""
-    model, batches = build("unet", prompts, batch_size, size=16)
-    plain_passes(model, {side: micro_batches[:1] for side, micro_batches in batches.items()})
-    before, _ = resident()
-    watch = Stopwatch()
+def peak_since(device: torch.device) -> float:
+    """The most MiB of the GPU in use since the last call; 0 on a processor, which cannot forget its peak."""
+    if device.type != "cuda":
+        return 0.0
+    _, most = memory(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return most
+
+
+def peak(subject: Subject, prompts: int, batch_size: int) -> dict[str, float]:
+    """Peak MiB of one fit in this process, and what was in use before it."""
+    device = next(subject.module.parameters()).device
+    batches = micro_batches(subject, prompts, batch_size)
+    plain_passes(subject.module, {side: some[:1] for side, some in batches.items()})
+    before, _ = memory(device)
+    watch = Stopwatch(device)
     with watch.running():
-        fit_map(model, **batches, positions=POSITIONS, progress=False)
-    return {"prompts": prompts, "before": before, "peak": resident()[1], "seconds": watch.wall}
+        fit_map(subject.module, **batches, sites=subject.sites, positions=POSITIONS, progress=False)
+    return {"prompts": prompts, "before": before, "peak": memory(device)[1], "seconds": watch.wall}
 
 
-def resident() -> tuple[float, float]:
-    """MiB of this process that are resident now, and the most that ever were."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        unit = 2**20 if sys.platform == "darwin" else 2**10
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-        return most, most
-    # Not ru_maxrss here, which a new process inherits from the one that started it.
-    fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    return int(fields["VmRSS"].split()[0]) / 2**10, int(fields["VmHWM"].split()[0]) / 2**10
-
-
-def peak_in_new_process(prompts: int, batch_size: int) -> dict[str, float]:
-    command = [sys.executable, __file__, "--peak", str(prompts), "--batch-size", str(batch_size)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-def time_table(costs: list[Cost]) -> Table:
+def time_table(costs: list[Cost], size: str) -> Table:
     table = Table(
-        title="Time in seconds (medians)", caption=f"ratio = (fit - estimators) / plain, target {TARGET_RATIO}"
+        title=f"Time in seconds (medians), models of {size} size",
+        caption=f"ratio = (fit - estimators) / plain, target {TARGET_RATIO}",
     )
-    for column in ("model", "sites", "prompts", "plain", "fit", "estimators", "ratio", "CPU ratio", "pass per site"):
+    columns = ["model", "sites", "prompts", "plain", "fit", "estimators", "ratio", "CPU ratio", "pass per site"]
+    columns += ["difference", *["peak GiB"] * any(cost.peak_ours for cost in costs)]
+    for column in columns:
         table.add_column(column, justify="left" if column == "model" else "right")
-    table.add_column("difference", justify="right")
     for cost in costs:
         style = "green" if cost.ratio <= TARGET_RATIO else "red"
         table.add_row(
@@ -262,12 +204,14 @@ def time_table(costs: list[Cost]) -> Table:
             f"{cost.cpu_ratio:.2f}",
             f"{cost.per_site:.0f} (from {cost.per_site_measured} sites)",
             f"{cost.difference:.0e}",
+            *[f"{cost.peak_plain / 2**10:.1f} / {cost.peak_ours / 2**10:.1f}"] * (cost.peak_ours > 0),
         )
     return table
 
 
-def memory_table(peaks: list[dict[str, float]]) -> Table:
-    table = Table(title="Peak resident memory in MiB, U-Net with 16 x 16 latents, one process each")
+def memory_table(peaks: list[dict[str, float]], device: torch.device) -> Table:
+    kind = "GPU" if device.type == "cuda" else "resident"
+    table = Table(title=f"Peak {kind} memory in MiB, U-Net of SD 1.5 with 16 x 16 latents, one process each")
     for column in ("prompts", "model and inputs", "peak of the fit", "per prompt", "seconds"):
         table.add_column(column, justify="right")
     for row in peaks:
@@ -282,44 +226,32 @@ def memory_table(peaks: list[dict[str, float]]) -> Table:
     return table
 
 
-def machine() -> dict[str, Any]:
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg(),
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d %H:%M"),
-    }
-
-
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("unet", "text_encoder"), nargs="*", default=["unet", "text_encoder"])
+    parser.add_argument("--model", choices=MODELS, nargs="*", default=["unet", "text_encoder", "sdxl", "llama"])
+    parser.add_argument("--real-size", action="store_true", help="real widths and depths, for a GPU")
+    parser.add_argument("--size", type=int, help="of latents or texts; default: of the model")
     parser.add_argument("--prompts", type=int, default=32, help="source and target prompts together")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--method", choices=TRANSPORTS, default="linear")
     parser.add_argument("--reference-sites", type=int, default=4, help="sites on which the pass per site is measured")
     parser.add_argument("--memory-prompts", type=int, nargs="*", default=[64, 256, 1024])
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--json", type=Path, help="write all figures here too")
+    add_options(parser)
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = parser.parse_args(arguments)
+    console, device, dtype = started(options)
     if options.peak:
-        print(json.dumps(peak(options.peak, options.batch_size)))
+        subject = build("unet", device, dtype, real=options.real_size, size=16)
+        print(json.dumps(peak(subject, options.peak, options.batch_size)))
         return
-    console = Console(width=120)
-    about = machine()
-    console.print(" · ".join(f"{key} {value}" for key, value in about.items()))
     costs, peaks = [], []
     for name in options.model:
         with console.status(f"timing {name}"):
+            subject = build(name, device, dtype, real=options.real_size, size=options.size)
             costs.append(
                 measure(
-                    name,
+                    subject,
                     options.prompts,
                     options.batch_size,
                     options.repeats,
@@ -328,19 +260,19 @@ def main() -> None:
                 )
             )
     if costs:
-        console.print(time_table(costs))
+        console.print(time_table(costs, "real" if options.real_size else "reduced"))
         console.print(
             "The pass per site is extrapolated from sites spread evenly over the model; difference: of its maps and ours."
         )
     for prompts in options.memory_prompts:
         with console.status(f"measuring the memory of {prompts} prompts"):
-            peaks.append(peak_in_new_process(prompts, options.batch_size))
+            asked = ["--peak", prompts, "--batch-size", options.batch_size]
+            asked += ["--device", options.device, "--dtype", options.dtype]
+            asked += ["--threads", torch.get_num_threads(), *["--real-size"] * options.real_size]
+            peaks.append(in_new_process(__file__, *asked))
     if peaks:
-        console.print(memory_table(peaks))
-    if options.json:
-        options.json.write_text(
-            json.dumps({"machine": about, "time": [asdict(c) for c in costs], "memory": peaks}, indent=1)
-        )
+        console.print(memory_table(peaks, device))
+    finished(console, options, device, {"time": [asdict(c) for c in costs], "memory": peaks})
 
 
 if __name__ == "__main__":
