@@ -10,6 +10,8 @@ from torch import Tensor
 
 def _along(values: Tensor, x: Tensor, channel_dim: int) -> Tensor:
     """View `values` (C,) or (rows, C) so that it broadcasts along `channel_dim` (and dim 0) of `x`."""
+    if values.ndim == 1 and channel_dim == -1:
+        return values
     shape = [1] * x.ndim
     shape[channel_dim] = values.shape[-1]
     if values.ndim == 2:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .act_map import ActMap
 from .affine import AffineMap, transport
+from .masks import as_mask, blended, position_weights, stream_of
 from .places import Place, Steerable, roots
 from .pooling import position_mask
 from .sites import read_activations, resolve
@@ -44,14 +45,17 @@ class ArmedMap:
         self._strength = 0.0
         self._rows: Tensor | None = None
         self.tokens: Tensor | None = None
+        self._mask: Tensor | None = None
+        self.placed_mask: Tensor | None = None  # on the device, for compiled code
+        self._mask_weights: dict[Any, Tensor | None] = {}
         self._on: dict[torch.device, _FlatMap] = {}
-        fallback = next((device for root in roots(model) if (device := _device(root))), torch.device("cpu"))
+        self._device = next((device for root in roots(model) if (device := _device_of(root))), torch.device("cpu"))
         self.sites = [
             ArmedSite(self, name, number, found[name], bounded=affine.lower is not None)
             for number, (name, affine) in enumerate(act_map.items())
         ]
         for site in self.sites:
-            self.bring(site, _device(site.place.module) or fallback)
+            self.bring(site, _device_of(site.place.module) or self._device)
 
     @property
     def strength(self) -> float:
@@ -78,20 +82,63 @@ class ArmedMap:
         self._rows = rows
         self._refresh()
 
+    @property
+    def mask(self) -> Tensor | None:
+        """Factor (B, 1, H, W) on the displacement by position, also set as (H, W) or (B, H, W); None moves every position."""
+        return self._mask
+
+    @mask.setter
+    def mask(self, mask: Tensor | None) -> None:
+        mask = None if mask is None else as_mask(mask)
+        if mask is None or self._mask is None or not torch.equal(mask, self._mask):
+            self._mask = mask
+            self._mask_weights.clear()
+            self._place_mask()
+
+    def position_weights(self, site: ArmedSite, x: Tensor, channel_dim: int) -> Tensor:
+        """The mask at the positions of the activations `x` of a site, such that it broadcasts.
+
+        Raises:
+            ValueError: if the positions cannot be told apart.
+        """
+        mask = self.placed_mask
+        assert mask is not None
+        if torch.compiler.is_compiling():
+            weights = position_weights(mask, x, channel_dim, site.stream)
+        else:
+            key = (x.shape, x.dtype, x.device, channel_dim, site.stream)
+            if key not in self._mask_weights:
+                with torch.inference_mode(False):
+                    self._mask_weights[key] = position_weights(mask, x, channel_dim, site.stream)
+            weights = self._mask_weights[key]
+        if weights is None:
+            raise ValueError(
+                f"{site.name} has activations of shape {tuple(x.shape)}, in which the mask {tuple(mask.shape)} of act map "
+                f"{self.name!r} finds no positions of the picture: give it the size of the picture or of its latents, and one "
+                "row or one per picture, or leave the site out with ActMap.select"
+            )
+        return weights
+
     def load(self, device: torch.device) -> None:
         """Put all sites on `device`, where they are not. In eager models every site finds its device by itself."""
-        device = torch.empty(0, device=device).device  # with its index
+        self._device = torch.empty(0, device=device).device  # with its index
         for site in self.sites:
-            if site.scale.device != device:
-                self.bring(site, device)
+            if site.scale.device != self._device:
+                self.bring(site, self._device)
+        self._place_mask()
 
     def bring(self, site: ArmedSite, device: torch.device) -> None:
         """Put one site on `device`."""
         if device not in self._on:
-            self._on[device] = _FlatMap(self._full.to(device), self._bounds.to(device), self._units)
+            with torch.inference_mode(False):  # what is made in inference mode may be used outside of it
+                self._on[device] = _FlatMap(self._full.to(device), self._bounds.to(device), self._units)
             self._on[device].set(self._strength, self._rows)
         site.scale, site.shift, lower, upper = self._on[device].of_site(site.number)
         site.lower, site.upper = (lower, upper) if site.bounded else (None, None)
+
+    def _place_mask(self) -> None:
+        with torch.inference_mode(False):
+            self.placed_mask = None if self._mask is None else self._mask.to(self._device)
 
     def _refresh(self) -> None:
         moved = [flat.set(self._strength, self._rows) for flat in self._on.values()]
@@ -114,6 +161,7 @@ class ArmedSite:
     Attributes:
         scale, shift: (units,), or (rows, units) with row factors, at the strength of the map.
         lower, upper: support (units,) of a bounded map, else None.
+        stream: "image", "text" or "joint"; see `masks.stream_of`.
     """
 
     scale: Tensor
@@ -123,6 +171,7 @@ class ArmedSite:
 
     def __init__(self, arm: ArmedMap, name: str, number: int, place: Place, bounded: bool) -> None:
         self.arm, self.name, self.number, self.place, self.bounded = arm, name, number, place, bounded
+        self.stream = stream_of(name)
 
     def move(self, output: Any) -> Any:
         """The `output` of the site's module with its activations moved.
@@ -131,10 +180,13 @@ class ArmedSite:
 
         Raises:
             ValueError: if they are no tensor, have another number of units, rows that the row factors do not divide, or tokens
-                that the token mask does not fit.
+                or positions that a mask does not fit.
         """
         compiling = torch.compiler.is_compiling()
         if not compiling and self.arm.strength == 0:
+            return output
+        masked = self.arm.placed_mask is not None
+        if masked and self.stream == "text":
             return output
         x = read_activations(self.place, output, self.name)
         dim = self.place.channel_dim(x)
@@ -153,6 +205,8 @@ class ArmedSite:
         moved = transport(x, scale, shift, lower, upper, channel_dim=dim, spatial=self.arm.spatial)
         if self.arm.tokens is not None:
             moved = torch.where(self._moved_positions(self.arm.tokens, x, dim), moved, x)
+        if masked:
+            moved = blended(x, moved, self.arm.position_weights(self, x, dim))
         return self.place.write(output, moved)
 
     def _moved_positions(self, tokens: Tensor, x: Tensor, channel_dim: int) -> Tensor:
@@ -191,7 +245,6 @@ class _FlatMap:
         factors = [1.0] if rows is None else rows.tolist()
         shape = (kinds, units) if rows is None else (kinds, len(factors), units)
         moved = self._now.shape != shape
-        # What is made in inference mode may be used outside of it.
         with torch.inference_mode(False), torch.no_grad():
             if moved:
                 self._now = torch.empty(shape, device=self._full.device)
@@ -212,7 +265,7 @@ class _FlatMap:
         return list(zip(first, second, strict=True))
 
 
-def _device(module: nn.Module) -> torch.device | None:
+def _device_of(module: nn.Module) -> torch.device | None:
     """Where the module's weights are, if it has any and they are anywhere."""
     weight = next((t for tensors in (module.parameters(), module.buffers()) for t in tensors), None)
     return None if weight is None or weight.is_meta else weight.device

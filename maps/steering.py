@@ -21,6 +21,7 @@ def steer(
     *,
     rows: Tensor | None = None,
     tokens: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Steering:
     """Steer `model` with a map, or with several one after the other, until `remove()` or the end of the `with` block.
 
@@ -32,12 +33,14 @@ def steer(
         rows: optional factors (B,) on the strength of each batch row, for example 0 for the unconditional rows of
             classifier-free guidance; also settable later as `Steering.rows`.
         tokens: optional bool mask (B, T) or (1, T), true at the tokens that are moved; also settable later as `Steering.tokens`.
+        mask: optional factor (H, W) or (B, 1, H, W) in [0, 1] on the displacement at each position of the picture, at the size of
+            the picture or of its latents; also settable later as `Steering.mask`. With a mask, text tokens are not moved.
 
     Returns:
         A `Steering`, which is a context manager and a handle.
 
     Raises:
-        ValueError: if the model lacks sites of a map or has other unit counts.
+        ValueError: if the model lacks sites of a map or has other unit counts, or the mask has another shape or other values.
 
     Example:
         >>> with steer(unet, act_map, strength=0.5) as steering:
@@ -49,7 +52,7 @@ def steer(
     if not strengths:
         raise ValueError("no act map to steer with")
     arms = {armed: ArmedMap(armed, model) for armed in strengths}
-    return Steering(arms, {armed: strength * own for armed, own in strengths.items()}, rows, tokens)
+    return Steering(arms, {armed: strength * own for armed, own in strengths.items()}, rows, tokens, mask)
 
 
 class Steering:
@@ -61,11 +64,13 @@ class Steering:
         strengths: Mapping[ActMap, float],
         rows: Tensor | None,
         tokens: Tensor | None,
+        mask: Tensor | None,
     ) -> None:
         self._arms = dict(arms)
         self._detach = []
         self.rows = rows
         self.tokens = tokens
+        self.mask = mask
         self.strength = strengths
         for arm in self._arms.values():
             for site in arm.sites:
@@ -106,6 +111,17 @@ class Steering:
         self._tokens = tokens
         for arm in self._arms.values():
             arm.tokens = tokens
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Factor (H, W) or (B, 1, H, W) on the displacement at each position of the picture; None moves all in full."""
+        return self._mask
+
+    @mask.setter
+    def mask(self, mask: Tensor | None) -> None:
+        self._mask = mask
+        for arm in self._arms.values():
+            arm.mask = mask
 
     def load(self, device: torch.device | str) -> None:
         """Put the maps on `device`. Needed only if a compiled model has moved since it was armed; eager ones tell by themselves."""

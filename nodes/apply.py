@@ -5,8 +5,10 @@ from __future__ import annotations
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..maps import ActMap
+from ..maps.masks import as_mask
 from ..maps.sites import closest
 from .schema import ActMapType, advanced, percent, schema, strength
 from .steering import AppliedMap, steered_clip, steered_model
@@ -58,6 +60,12 @@ class ACTApplyMap(io.ComfyNode):
                     default="positive",
                     tooltip="Steer the positive conditioning only, which the guidance scale then amplifies, or the negative one too.",
                 ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Where in the picture the map acts on the diffusion model: in full where it is white, not at all where "
+                    "it is black. Any size.",
+                ),
                 advanced(
                     io.Boolean.Input(
                         "partial",
@@ -84,6 +92,7 @@ class ACTApplyMap(io.ComfyNode):
         rows: str,
         partial: bool = False,
         clip: CLIP | None = None,
+        mask: Tensor | None = None,
     ) -> io.NodeOutput:
         if start_percent >= end_percent:
             raise ValueError(f"start_percent ({start_percent:g}) must be below end_percent ({end_percent:g})")
@@ -100,7 +109,8 @@ class ACTApplyMap(io.ComfyNode):
             )
         if of_denoiser and strength_model != 0:
             part = act_map if len(of_denoiser) == len(act_map) else act_map.select(of_denoiser)
-            model = steered_model(model, AppliedMap(part, strength_model, start_percent, end_percent, rows))
+            area = None if mask is None else as_mask(mask.clamp(0, 1))
+            model = steered_model(model, AppliedMap(part, strength_model, start_percent, end_percent, rows, area))
         if clip is not None and strength_clip != 0:
             clip = steered_clip(clip, act_map, strength_clip)
         return io.NodeOutput(model, clip)

@@ -13,9 +13,11 @@ from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from comfy.sd import CLIP
+from comfy.utils import repeat_to_batch_size
 from torch import Tensor
 
 from ..maps import ActMap
+from ..maps.masks import resized
 from ..maps.places import Places
 from .forwards import ArmedModel
 from .translation import denoiser_places, encoder_places, text_tokens
@@ -33,6 +35,7 @@ class AppliedMap:
         strength: 0 leaves the model as it is, 1 is the full transport.
         start_percent, end_percent: part of the sampling run, as fractions of its noise schedule, in which the map acts.
         rows: "positive" steers the positive conditioning only, "both" the negative one too.
+        mask: (pictures or 1, 1, H, W), a factor on the displacement at each position of the picture; None moves all in full.
     """
 
     act_map: ActMap
@@ -40,6 +43,7 @@ class AppliedMap:
     start_percent: float = 0.0
     end_percent: float = 1.0
     rows: str = "positive"
+    mask: Tensor | None = None
 
 
 def steered_model(model: ModelPatcher, applied: AppliedMap) -> ModelPatcher:
@@ -78,6 +82,7 @@ class SteeredSampling:
         armed = _armed(model, tuple(applied.act_map for applied, _ in acting), options.get("sample_sigmas"))
         for arm, (applied, rows) in zip(armed.arms, acting, strict=True):
             arm.strength, arm.rows = applied.strength, rows
+            arm.mask = None if applied.mask is None else _mask_of_rows(applied.mask, x, options.get("cond_or_uncond"))
         token = text_tokens.set(context.shape[1] if isinstance(context, Tensor) and context.ndim > 1 else 0)
         try:
             with armed.installed(x.device):
@@ -102,6 +107,13 @@ def _row_factors(applied: AppliedMap, cond_or_uncond: Sequence[int] | None, batc
         return torch.ones(batch)
     chunks = torch.tensor([float(chunk == 0) for chunk in cond_or_uncond])
     return chunks.repeat_interleave(batch // len(chunks))
+
+
+def _mask_of_rows(mask: Tensor, x: Tensor, cond_or_uncond: Sequence[int] | None) -> Tensor:
+    """The mask at the size of the latents `x`, for all rows or, where it has several, for each row of the batch."""
+    mask = resized(mask, x.shape[-2], x.shape[-1])
+    chunks = len(cond_or_uncond or [0])
+    return mask if len(mask) == 1 else repeat_to_batch_size(mask, x.shape[0] // chunks).repeat(chunks, 1, 1, 1)
 
 
 @dataclass

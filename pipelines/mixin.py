@@ -15,6 +15,7 @@ from ..maps.presets import Preset, load_preset
 from .denoiser_inputs import DENOISERS
 from .guidance import Branches, conditional_first, is_guided, picture_count
 from .loader import ActMapLoaderMixin
+from .picture_mask import PictureMask, picture_mask, picture_size
 from .pipeline_fit import PipelineFit, known_embeds
 from .steered_call import SteeredCall
 from .strength import Strength
@@ -72,6 +73,7 @@ class ACTMixin(ActMapLoaderMixin):
         *args: Any,
         act_strength: float | Sequence[float] | Mapping[str, Strength] | Callable[[int, int], float] | None = None,
         act_window: tuple[float, float] | None = None,
+        act_mask: PictureMask | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run the pipeline with its active maps.
@@ -83,12 +85,16 @@ class ACTMixin(ActMapLoaderMixin):
                 before the first step and take the value of step 0. See also `strength_curve` and `strength_window`.
             act_window: for this call only: the part of the run, as fractions of its steps, in which maps act on the denoiser.
                 None: each map's own, with which it was fitted.
+            act_mask: for this call only: where in the picture the maps act on the denoiser. A picture of any size, white where
+                they act, or an array or tensor (H, W) in [0, 1]; with (B, H, W) or a list, one for each picture drawn. Text
+                streams of the denoiser have no place in the picture and are not moved then. Not for videos, nor for denoisers whose
+                blocks join text and picture in their own ways (Lumina 2, Z-Image), which is an error.
 
         Returns:
             What the pipeline without maps returns. With strength 0 it is bit for bit the same.
 
         Raises:
-            ValueError: for unknown map names, a malformed window, or strengths that do not fit the prompts.
+            ValueError: for unknown map names, a malformed window or mask, or strengths that do not fit the prompts.
         """
         if act_window is not None and not 0 <= act_window[0] < act_window[1] <= 1:
             raise ValueError(f"act_window must be two fractions of the run, 0 <= start < end <= 1, got {act_window!r}")
@@ -114,6 +120,7 @@ class ACTMixin(ActMapLoaderMixin):
             planned_steps=arguments.get("num_inference_steps") or 1,
             steps=lambda: self._act_steps,
             window=act_window,
+            mask=None if act_mask is None else picture_mask(act_mask, picture_size(self, arguments)),
         )
         if arguments.get("prompt_embeds") is not None and call.steers_encoders:
             logger.warning("prompt_embeds are given, so the text encoders do not run and their maps have no effect")

@@ -29,11 +29,13 @@ class ArmedPart:
     strength: PartStrength
     cond_only: bool = False
     window: tuple[float, float] = (0.0, 1.0)
+    mask: Tensor | None = None
 
     @property
-    def by_prompt(self) -> bool:
-        """Whether every prompt of the batch has a strength of its own."""
-        return not callable(self.strength) and not isinstance(self.strength, Real)
+    def by_picture(self) -> bool:
+        """Whether every picture of the batch has a strength or a mask of its own."""
+        by_prompt = not callable(self.strength) and not isinstance(self.strength, Real)
+        return by_prompt or (self.mask is not None and len(self.mask) > 1)
 
     def set(self, step: int, steps: int, conditional: Sequence[bool] = (True,)) -> None:
         """Set strength and rows for a step; `conditional` tells of each equal part of the batch whether it is."""
@@ -43,7 +45,7 @@ class ArmedPart:
             strength = 0.0
         elif callable(strength):
             strength = float(strength(step, steps))
-        elif self.by_prompt:
+        elif not isinstance(strength, Real):
             rows, strength = torch.tensor(strength, dtype=torch.float32), 1.0
         factors = torch.tensor([float(part or not self.cond_only) for part in conditional])
         if not factors.any():
@@ -53,6 +55,8 @@ class ArmedPart:
         elif not factors.all():
             rows = factors
         self.steering.strength, self.steering.rows = strength, rows
+        if self.mask is not None and len(self.mask) > 1:
+            self.steering.mask = self.mask.repeat(len(conditional), 1, 1, 1)
 
 
 def armed_parts(components: Mapping[str, nn.Module], act_map: ActMap, strength: Strength) -> Iterator[ArmedPart]:
@@ -75,6 +79,7 @@ class SteeredCall:
         planned_steps: how many steps the run is asked for; the text encoders' schedules see it.
         steps: tells how many steps the run has, once it is under way.
         window: the part of the run in which the maps act on the denoisers, in place of each map's own.
+        mask: where in the pictures they act on the denoisers, (B or 1, 1, H, W).
     """
 
     def __init__(
@@ -86,6 +91,7 @@ class SteeredCall:
         planned_steps: int,
         steps: Callable[[], int],
         window: tuple[float, float] | None = None,
+        mask: Tensor | None = None,
     ) -> None:
         self._branches, self._steps, self._planned_steps = branches, steps, planned_steps
         self._step, self._timestep, self._call = -1, None, 0
@@ -102,6 +108,7 @@ class SteeredCall:
                     armed.cond_only = act_map.metadata.rows == "cond"
                     if armed.component in denoisers:  # a text encoder runs once, before the first step
                         armed.window = act_map.metadata.window if window is None else window
+                        armed.mask = armed.steering.mask = mask
             self._encoders = [armed for armed in self._armed if armed.component not in denoisers]
             self._denoising = [armed for armed in self._armed if armed.component in denoisers]
             for armed in self._encoders:
@@ -141,10 +148,12 @@ class SteeredCall:
         else:
             self._step, self._timestep, self._call = self._step + 1, inputs.timestep, 0
         conditional: Sequence[bool] = (True,)
-        if any(armed.cond_only or armed.by_prompt for armed in self._denoising):
+        if any(armed.cond_only or armed.by_picture for armed in self._denoising):
             conditional = self._branches.conditional(inputs.rows, self._call)
         for armed in self._denoising:
             armed.set(self._step, self._steps(), conditional)
+            if isinstance(inputs.latents, Tensor):
+                armed.steering.load(inputs.latents.device)  # for compiled models, which may have moved
 
     def remove(self) -> None:
         """Restore the components."""

@@ -173,7 +173,7 @@ def stable_diffusion_3() -> dict[str, Any]:
             joint_attention_dim=2 * WIDTH,
             caption_projection_dim=WIDTH,
             pooled_projection_dim=2 * WIDTH,
-            pos_embed_max_size=16,
+            pos_embed_max_size=32,
             dual_attention_layers=(0,),
             qk_norm="rms_norm",
         ),

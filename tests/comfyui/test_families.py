@@ -113,3 +113,19 @@ def test_negative_rows_stay_as_they_are(family):
     torch.testing.assert_close(sample(steered, prompts, latent, cfg=0.0), expected, rtol=1e-4, atol=1e-4)
     both = steered_model(model, AppliedMap(fit(family, rows="both"), rows="both"))
     assert not torch.allclose(sample(both, prompts, latent, cfg=0.0), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "sites", [("denoiser", ""), ("pattern", r".*:(image|text)|.*to_[kv]")], ids=["norms", "streams"]
+)
+def test_a_mask_finds_the_picture_at_every_site(family, sites):
+    model, prompts, latent = family
+    act_map = fit(family, *sites)
+    mask = torch.zeros(1, 1, 16, 16)
+    plain, steered = (sample(m, prompts, latent) for m in (model, steered_model(model, AppliedMap(act_map))))
+    nowhere = sample(steered_model(model, AppliedMap(act_map, mask=mask)), prompts, latent)
+    assert torch.equal(nowhere, plain)
+    mask[..., :8] = 1
+    left = sample(steered_model(model, AppliedMap(act_map, mask=mask)), prompts, latent)
+    assert not torch.equal(left, plain)
+    assert not torch.equal(left, steered)

@@ -295,6 +295,57 @@ def test_only_one_wrapper_stands_on_a_model_however_many_maps(model, act_map):
     assert len(model.get_wrappers(WrappersMP.APPLY_MODEL, "actmaps")) == 0
 
 
+# Masks
+
+
+def left_half(pictures=1):
+    mask = torch.zeros(pictures, 64, 64)
+    mask[..., :32] = 1
+    return mask
+
+
+def test_a_mask_limits_the_change_to_a_region(model, clip, act_map, plain):
+    branches = [
+        apply(model, act_map, mask=mask, rows="both")[0]
+        for mask in (left_half(), 1 - left_half(), torch.zeros(1, 5, 5))
+    ]
+    left, right, nowhere = (sample(branch, clip, steps=1).latents for branch in branches)
+    one_step = sample(model, clip, steps=1).latents
+    half = one_step.shape[-1] // 2
+    for run, inside, outside in (
+        (left, slice(None, half), slice(half, None)),
+        (right, slice(half, None), slice(None, half)),
+    ):
+        change = (run - one_step).abs()
+        assert change[..., inside].mean() > 1.5 * change[..., outside].mean()
+    assert torch.equal(nowhere, one_step)
+
+
+def test_a_mask_of_ones_is_no_mask_and_masks_do_not_stay(model, clip, act_map, steered):
+    masked = sample(apply(model, act_map, mask=torch.ones(1, 100, 80))[0], clip)
+    assert torch.equal(masked.latents, steered.latents)
+    sample(apply(model, act_map, mask=left_half())[0], clip, steps=1)
+    assert torch.equal(sample(apply(model, act_map)[0], clip).latents, steered.latents)
+
+
+def test_each_picture_of_a_batch_may_have_a_mask_of_its_own(model, clip, act_map):
+    masks = torch.cat([left_half(), torch.zeros(1, 64, 64), torch.ones(1, 64, 64)])
+    several = sample(apply(model, act_map, mask=masks)[0], clip, batch=3, steps=1).latents
+    plain, steered = (sample(m, clip, batch=3, steps=1).latents for m in (model, apply(model, act_map)[0]))
+    torch.testing.assert_close(several[1], plain[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(several[2], steered[2], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(several[0], steered[0], atol=1e-2)
+
+
+def test_two_maps_share_a_picture(model, clip, act_map):
+    """Each side of the chain sees its own mask, whatever the other's."""
+    other = strong_map(model, seed=1)
+    (first,) = apply(model, act_map, mask=left_half())[:1]
+    (both,) = apply(first, other, mask=torch.zeros(1, 8, 8))[:1]
+    expected = sample(first, clip, steps=2)
+    torch.testing.assert_close(sample(both, clip, steps=2).latents, expected.latents)
+
+
 # Text encoders
 
 
