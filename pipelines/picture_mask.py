@@ -31,7 +31,7 @@ def picture_mask(mask: PictureMask, size: tuple[int, int] | None) -> Tensor:
     Raises:
         ValueError: for another shape, or values outside of [0, 1].
     """
-    if isinstance(mask, (list, tuple)):
+    if isinstance(mask, Sequence):
         values = torch.cat([picture_mask(one, size) for one in mask])
     elif isinstance(mask, (np.ndarray, Tensor)):
         values = torch.as_tensor(mask)
