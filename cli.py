@@ -43,6 +43,7 @@ from .cli_options import (
     save_picture,
     say,
 )
+from .cli_ranks import joined_ranks
 
 if TYPE_CHECKING:
     from .maps import ActMap
@@ -215,8 +216,11 @@ def fit(
     dtype: DType = None,
     debug: Debug = False,
 ) -> None:
-    """Fit a map from prompts as they are to prompts as they should be."""
-    with readable_errors(debug):
+    """Fit a map from prompts as they are to prompts as they should be.
+
+    Start it by 'torchrun --nproc-per-node N -m actmaps fit' to let N processes share the prompts.
+    """
+    with readable_errors(debug), joined_ranks(device) as (device, first):
         from .evaluation.language.models import is_language_model
         from .evaluation.tables import summary_table
         from .maps.presets import load_preset, load_subjects
@@ -248,6 +252,7 @@ def fit(
             width=width,
             batch_size=batch_size,
             seed=seed,
+            progress=None if first else False,
         )
         if positions is not None:
             options["positions"] = None if positions == "all" else int(parse_number(positions, "--positions"))
@@ -269,7 +274,8 @@ def fit(
             act_map = pipe.fit_act_map(*prompts, **options)
         if chosen is None or name is not None:
             act_map = _with_metadata(act_map, name=name or output.stem)
-        act_map.save(output)
+        if first:
+            act_map.save(output)
         console.print(summary_table(act_map))
         say(f"\nFitted in {perf_counter() - started:.0f} s: [cyan]{output}[/]")
         command = "generate" if is_language_model(model) else "sweep"

@@ -5,6 +5,7 @@ from .affine import AffineMap
 from .fitting import fit_map
 from .folding import Folded, fold
 from .methods import ESTIMATORS, METHODS, Method
+from .ranks import Ranks
 from .sites import find_sites
 from .steering import Steering, steer
 
@@ -16,6 +17,7 @@ __all__ = [
     "AffineMap",
     "Folded",
     "Method",
+    "Ranks",
     "Steering",
     "find_sites",
     "fit_map",

@@ -7,12 +7,16 @@ One forward per prompt fits every site, in execution order, and gives the maps o
 
 What waits is the memory: at any time the live activations of all micro-batches, not those of one.
 
+In a process group every rank takes its share of the micro-batches. At each site the ranks swap their samples, so that each has all samples of some units,
+fits these, and gets the maps of the others: what every rank goes on with is the map that one process would have fitted.
+
 Grad mode, inference mode and autocast belong to the thread, which all micro-batches share; each switch saves and restores
 them, so that a forward may enter and leave them as it likes.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import copy_context
@@ -30,13 +34,15 @@ from tqdm import tqdm
 
 from .act_map import ActMap, ActMapMetadata
 from .affine import AffineMap, transport
-from .estimators import Estimator, check_support, support_bounds, transport_costs
+from .estimators import check_support
 from .hooks import attach
 from .memory import available_memory
 from .methods import Method, as_method
 from .offload import Offload
 from .places import Place, Steerable, as_components, class_names, evaluating, is_places, roots
 from .pooling import POOLINGS, samples
+from .ranks import Ranks
+from .site_fitting import SiteFitter
 from .sites import find_sites, read_activations, resolve
 
 Batch = Any
@@ -65,8 +71,12 @@ def fit_map(
     memory_reserve: float = 0.05,
     progress: bool | Callable[[float], None] = True,
     metadata: ActMapMetadata | None = None,
+    ranks: Ranks | None = None,
 ) -> ActMap:
     """Fit one affine transport map per unit and site, in one forward pass per prompt.
+
+    In a process group of torch.distributed, call it on every rank with the same arguments: each runs its share of the
+    micro-batches, and each returns the whole map, which is the same for any number of ranks.
 
     Args:
         model: a module, {component name: module} for a pipeline of several, or {site name: `Place`}.
@@ -87,17 +97,19 @@ def fit_map(
         seed: of the draw of positions.
         offload: keep the activations of waiting micro-batches in host memory; slower, for models on a GPU.
         memory_reserve: fraction of the memory of the model's device that must stay free.
-        progress: show a progress bar over sites; or a function that takes the fraction done, and is called whenever a
+        progress: show a progress bar over sites (on rank 0); or a function that takes the fraction done, and is called whenever a
             micro-batch has reached a site. What it raises ends the fit.
         metadata: name, description and other fields to store; modes are filled in here.
+        ranks: the processes that fit together; default all of the process group. `Ranks()` fits in this process alone.
 
     Returns:
         The `ActMap`, sites in execution order.
 
     Raises:
         ValueError: for an empty prompt set, unknown modes or sites, sites that no forward reaches, NaN or infinite activations
-            (naming the site), or micro-batches that take different paths through the model.
+            (naming the site), micro-batches that take different paths through the model, or ranks with different arguments.
         MemoryError: when the waiting micro-batches would exhaust the memory; says what to lower.
+        RankError: when another rank has failed; says with what.
     """
     method = as_method(method)
     pooling = method.pooling if pooling is None else pooling
@@ -113,6 +125,11 @@ def fit_map(
         forward = _default_forward(model)
     weights = [t for module in roots(model) for t in (*module.parameters(), *module.buffers())]
     device = weights[0].device if weights else torch.device("cpu")
+    ranks = Ranks.current() if ranks is None else ranks
+    counts = {side: len(batches) for side, batches in sides.items()}
+    shapes = [tuple(weight.shape) for weight in weights]
+    modes = (method.name, pooling, positions, support, spatial, causal, transport_target, seed)
+    started = _started_alike(ranks, list(places), counts, shapes, modes)
 
     def sample(x: Tensor, place: Place, site: str, mask: Tensor | None) -> Tensor:
         dim = place.channel_dim(x)
@@ -120,20 +137,20 @@ def fit_map(
 
     fit = _Fit(
         sample=sample,
-        estimator=method.estimator,
-        support=support,
+        fitter=SiteFitter(method, support, ranks),
         spatial=spatial,
         moved_sides=() if not causal else ("source", "target") if transport_target else ("source",),
         memory=_MemoryGuard(device, memory_reserve),
         report=progress if callable(progress) else None,
     )
-    bar = tqdm(total=len(places), disable=progress is not True, desc="Fitting sites", unit="site")
+    bar = tqdm(total=len(places), disable=progress is not True or ranks.rank > 0, desc="Fitting sites", unit="site")
     # A compiled forward cannot wait in the middle: it runs as Python.
     with evaluating(roots(model)), torch.no_grad(), torch.compiler.set_stance("force_eager"), bar:
         micro_batches = [
             _MicroBatch(forward, batch, side, Offload(weights) if offload else None)
-            for side, batches in sides.items()
-            for batch in batches
+            # what is left over of the sources goes to the first ranks, of the targets to those after them
+            for side, first in (("source", 0), ("target", counts["source"]))
+            for batch in ranks.share(sides[side], first)
         ]
         fit.run(places, micro_batches, bar)
     unreached = [site for site in places if site not in fit.maps]
@@ -149,7 +166,7 @@ def fit_map(
         maps,
         replace(
             metadata,
-            created=metadata.created or datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            created=metadata.created or started.isoformat(timespec="seconds"),
             method=method.name,
             pooling=pooling,
             positions=positions if pooling == "none" else None,
@@ -252,8 +269,7 @@ class _Fit:
     """State of one fit. `moved_sides` are those whose activations the fitted maps move on the way."""
 
     sample: Callable[[Tensor, Place, str, Tensor | None], Tensor]
-    estimator: Estimator
-    support: str | tuple[float, float]
+    fitter: SiteFitter
     spatial: str
     moved_sides: tuple[str, ...]
     memory: _MemoryGuard
@@ -268,9 +284,20 @@ class _Fit:
                 undo.callback(micro_batch.end)
             for site, place in places.items():
                 undo.callback(attach(place.module, partial(self._at_site, site, place)))
-            while len(self.maps) < len(places) and (arrived := self._advance(waiting, len(places))):
-                self._fit_site(arrived, *(self._collect(waiting, side) for side in ("source", "target")))
+            while len(self.maps) < len(places) and self._fit_next(list(places), waiting):
                 bar.update()
+
+    def _fit_next(self, sites: list[str], waiting: list[_MicroBatch]) -> bool:
+        """Move all micro-batches of all ranks to the next site and fit it; false if their forwards have ended instead."""
+        with self.fitter.ranks.reporting():
+            arrived = self._advance(waiting, len(sites))
+            sides = self._collect(waiting)
+        site, rows, units = self._meet(sites, arrived, sides)
+        if site is None:
+            return False
+        found = self.fitter.fit(site, [side.view(len(side), units) for side in sides], rows)
+        self.maps[site], self.costs[site] = found.fitted, found.costs
+        return True
 
     def _at_site(self, site: str, place: Place, output: Any) -> Any:
         """The hook on every site: hand samples over and wait for the map at the first visit, apply it at every visit."""
@@ -295,8 +322,8 @@ class _Fit:
         )
         return place.write(output, moved)
 
-    def _advance(self, micro_batches: list[_MicroBatch], sites: int) -> str | None:
-        """Run every micro-batch to its next site and name it; None means that all forwards have ended.
+    def _advance(self, micro_batches: list[_MicroBatch], sites: int) -> set[str | None]:
+        """Run every micro-batch to its next site and name it; None is the end. Empty on a rank without micro-batches.
 
         Raises:
             ValueError: if they do not all arrive at the same site.
@@ -308,33 +335,62 @@ class _Fit:
             self.memory.check(count, len(micro_batches))
             if self.report is not None:
                 self.report((len(self.maps) + count / len(micro_batches)) / sites)
-        if len(places) > 1:
-            named = " and others at ".join(sorted(place or "the end" for place in places))
+        _check_same_place(places)
+        return places
+
+    def _meet(
+        self, sites: list[str], arrived: set[str | None], sides: list[Tensor]
+    ) -> tuple[str | None, list[Sequence[int]], int]:
+        """Where the micro-batches of all ranks are, how many samples of each side every rank has, and of how many units.
+
+        Raises:
+            ValueError: if they are not all at the same site, or have different numbers of units.
+            RankError: if another rank has failed.
+        """
+        order: list[str | None] = [*sites, None]
+        number = max(map(order.index, arrived), default=-1)
+        numbers, n, c, m, d = zip(*self.fitter.ranks.meet(number, *sides[0].shape, *sides[1].shape), strict=True)
+        places = {order[number] for number in numbers if number >= 0}
+        _check_same_place(places)
+        site, units = places.pop(), {*c, *d} - {0}
+        if len(units) > 1:
             raise ValueError(
-                f"micro-batches take different paths through the model: some arrive at {named}; "
-                "fit sites that every prompt visits in the same order"
+                f"{site}: samples must be (n, C) and (m, C) with the same C, got {(sum(n), max(c))} and {(sum(m), max(d))}"
             )
-        return places.pop()
+        return site, [n, m], max(units, default=0)
 
-    def _collect(self, micro_batches: list[_MicroBatch], side: str) -> Tensor:
-        """The samples (n, C) of one side, taken from its micro-batches."""
-        taken = []
+    def _collect(self, micro_batches: list[_MicroBatch]) -> list[Tensor]:
+        """The samples (n, C) of source and target, taken from the micro-batches; (0, 0) where there are none."""
+        taken: dict[str, list[Tensor]] = {"source": [], "target": []}
+        device = self.memory.device
         for micro_batch in micro_batches:
-            if micro_batch.side == side and micro_batch.pooled is not None:
-                taken.append(micro_batch.pooled)
+            if micro_batch.pooled is not None:
+                device = micro_batch.pooled.device
+                taken[micro_batch.side].append(micro_batch.pooled)
                 micro_batch.pooled = None
-        return torch.cat(taken)
+        return [torch.cat(side) if side else torch.empty(0, 0, device=device) for side in taken.values()]
 
-    def _fit_site(self, site: str, source: Tensor, target: Tensor) -> None:
-        try:
-            fitted = self.estimator(source, target)
-        except ValueError as error:
-            raise ValueError(f"{site}: {error}") from None
-        bounds = support_bounds(source, self.support)
-        if bounds is not None:
-            fitted = AffineMap(fitted.scale, fitted.shift, *bounds)
-        self.maps[site] = fitted
-        self.costs[site] = transport_costs(source, target, fitted)
+
+def _check_same_place(places: set[str | None]) -> None:
+    """Raise ValueError if micro-batches have arrived at several sites, of which None is the end."""
+    if len(places) > 1:
+        named = " and others at ".join(sorted(place or "the end" for place in places))
+        raise ValueError(
+            f"micro-batches take different paths through the model: some arrive at {named}; "
+            "fit sites that every prompt visits in the same order"
+        )
+
+
+def _started_alike(ranks: Ranks, *arguments: Any) -> datetime:
+    """When rank 0 started to fit, once all ranks have; ValueError if they have different arguments."""
+    now = int(datetime.now(timezone.utc).timestamp())
+    heard = ranks.meet(zlib.crc32(repr(arguments).encode()), now)
+    if len({checksum for checksum, _ in heard}) > 1:
+        raise ValueError(
+            "the ranks were given different models, sites, micro-batches or options; call fit_map on every rank with the "
+            "same arguments, all micro-batches included, or with ranks=Ranks() to fit in one process alone"
+        )
+    return datetime.fromtimestamp(heard[0][1], timezone.utc)
 
 
 @dataclass

@@ -21,6 +21,7 @@ class Method:
         strength: "transport" interpolates between the activation (0) and its image (1); "multiplier" scales a shift whose best
             size must be searched for, often well above 1; "dampening" goes from the activation (0) to its published form (1).
         source: where it is from.
+        per_unit: whether the map of a unit depends on the samples of that unit alone, so that processes may share the units.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Method:
     strength: str
     source: str
     support: str | tuple[float, float] = "all"
+    per_unit: bool = False
 
 
 def _methods(*methods: Method) -> dict[str, Method]:
@@ -37,17 +39,17 @@ def _methods(*methods: Method) -> dict[str, Method]:
 
 
 METHODS: dict[str, Method] = _methods(
-    Method("linear", linear, "none", True, "transport", "AcT, arXiv 2410.23054, equation 6"),
-    Method("mean", mean, "none", True, "transport", "AcT, arXiv 2410.23054, section 3.3"),
-    Method("gaussian", gaussian, "none", True, "transport", "optimal transport between Gaussians"),
-    Method("actadd", actadd, "last", False, "multiplier", "arXiv 2308.10248"),
-    Method("caa", mean, "last", False, "multiplier", "arXiv 2312.06681"),
+    Method("linear", linear, "none", True, "transport", "AcT, arXiv 2410.23054, equation 6", per_unit=True),
+    Method("mean", mean, "none", True, "transport", "AcT, arXiv 2410.23054, section 3.3", per_unit=True),
+    Method("gaussian", gaussian, "none", True, "transport", "optimal transport between Gaussians", per_unit=True),
+    Method("actadd", actadd, "last", False, "multiplier", "arXiv 2308.10248", per_unit=True),
+    Method("caa", mean, "last", False, "multiplier", "arXiv 2312.06681", per_unit=True),
     Method("repe", repe, "last", False, "multiplier", "arXiv 2310.01405"),
-    Method("east", east, "last", False, "multiplier", "arXiv 2406.00244"),
-    Method("iti_m", mean, "last", False, "multiplier", "arXiv 2306.03341, mass mean shift"),
+    Method("east", east, "last", False, "multiplier", "arXiv 2406.00244", per_unit=True),
+    Method("iti_m", mean, "last", False, "multiplier", "arXiv 2306.03341, mass mean shift", per_unit=True),
     Method("iti_c", iti_c, "last", False, "multiplier", "arXiv 2306.03341, classifier's normal"),
-    Method("aura", aura, "max", False, "dampening", "arXiv 2407.12824"),
-    Method("det_zero", det_zero, "max", False, "dampening", "arXiv 2110.02802"),
+    Method("aura", aura, "max", False, "dampening", "arXiv 2407.12824", per_unit=True),
+    Method("det_zero", det_zero, "max", False, "dampening", "arXiv 2110.02802", per_unit=True),
 )
 
 ESTIMATORS: dict[str, Estimator] = {name: method.estimator for name, method in METHODS.items()}

@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -19,6 +18,7 @@ from ..maps import ActMap, ActMapMetadata, Method, fit_map
 from ..maps.earlier_methods import east
 from ..maps.language_sites import LANGUAGE_SITES, language_sites
 from ..maps.methods import as_method
+from ..maps.ranks import Ranks
 from .loader import ActMapLoaderMixin, model_name
 from .steered_generation import SteeredGeneration, check_scope
 from .strength import Strength
@@ -120,8 +120,7 @@ class TextGenerationACTPipeline(ActMapLoaderMixin, TextGenerationPipeline):
         batches = {side: self._micro_batches(of_side, side, batch_size, max_length) for side, of_side in texts.items()}
         method = as_method(method)
         if method.estimator is east and fit_options.get("pooling", method.pooling) != "none":
-            entropies = torch.cat([self._entropies(batch) for batch in batches["target"]])
-            method = replace(method, estimator=partial(east, weights=entropies))
+            method = replace(method, estimator=partial(east, weights=self._entropies(batches["target"])))
         act_map = fit_map(
             self._act_modules,
             batches["source"],
@@ -139,7 +138,6 @@ class TextGenerationACTPipeline(ActMapLoaderMixin, TextGenerationPipeline):
                 n_source=len(texts["source"]),
                 n_target=len(texts["target"]),
                 prompts_hash=hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
-                created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             ),
             **fit_options,
         )
@@ -203,11 +201,15 @@ class TextGenerationACTPipeline(ActMapLoaderMixin, TextGenerationPipeline):
         return lambda batch: network(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
 
     @torch.no_grad()
-    def _entropies(self, batch: dict[str, Tensor]) -> Tensor:
-        """Entropy (B,) in nats of what follows each text."""
-        inputs, mask = batch["input_ids"], batch["attention_mask"]
-        logits = self.model(inputs, attention_mask=mask, use_cache=False, logits_to_keep=1).logits[:, -1].float()
-        return torch.distributions.Categorical(logits=logits).entropy()
+    def _entropies(self, batches: Sequence[dict[str, Tensor]]) -> Tensor:
+        """Entropy in nats of what follows each text (texts,). The ranks of a process group share the batches."""
+        ranks, found = Ranks.current(), [torch.empty(0, device=self.device)]
+        with ranks.reporting():
+            for batch in ranks.share(batches):
+                inputs, mask = batch["input_ids"], batch["attention_mask"]
+                logits = self.model(inputs, attention_mask=mask, use_cache=False, logits_to_keep=1).logits[:, -1]
+                found.append(torch.distributions.Categorical(logits=logits.float()).entropy())
+        return ranks.gather(torch.cat(found))
 
     @contextmanager
     def steered(self, act_strength: float | Mapping[str, Strength] | None = None) -> Iterator[nn.Module]:

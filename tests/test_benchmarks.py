@@ -206,3 +206,14 @@ def test_vs_reference_fits_the_maps_that_its_script_fits(benchmark, checkout, tm
     assert row["sites"] == row["comparable"] == 32
     assert row["difference"] < 1e-3
     assert row["reference_seconds"] > row["our_seconds"]
+
+
+@pytest.mark.slow
+def test_processes_that_share_a_fit_get_the_map_of_one(benchmark, tmp_path):
+    options = ("--model", "text_encoder", "--prompts", "4", "--batch-size", "1", "--rounds", "1", "--processes", "2")
+    found = figures(benchmark("distributed_fit").main, tmp_path, *options)
+
+    (gain,) = found["gains"]
+    assert (found["processes"], gain["sites"], gain["prompts"]) == (2, 25, 4)
+    assert gain["difference"] <= 1e-6
+    assert gain["speed_up"] == pytest.approx(gain["alone"] / gain["together"])
