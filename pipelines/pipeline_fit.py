@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from ..maps import ActMap, ActMapMetadata, fit_map
 from ..maps.image_sites import image_sites
+from ..maps.ranks import Ranks
 from .denoiser_inputs import DenoiserInputs
 from .guidance import is_guided, without_guidance
 from .loader import as_prompts, model_name
@@ -136,7 +136,6 @@ class PipelineFit:
             n_source=len(prompts["source"]),
             n_target=len(prompts["target"]),
             prompts_hash=hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
         with self._quiet(), self._on_denoisers(self._replay):
             return fit_map(
@@ -193,21 +192,21 @@ class PipelineFit:
 
     @torch.no_grad()
     def _record(self, prompts: list[str], fractions: Sequence[float]) -> _Recorded:
-        """The denoiser's inputs at `fractions` of unsteered sampling runs of all prompts."""
+        """The denoiser's inputs at `fractions` of unsteered sampling runs of all prompts, which the ranks of a process group share."""
         count = self.call_options["num_inference_steps"]
         steps = sorted({min(int(fraction * count), count - 1) for fraction in fractions})
-        recorded = _Recorded()
-        with (
-            self._quiet(),
-            tqdm(total=len(prompts), desc="Recording latents", unit="prompt", disable=not self.progress) as bar,
-        ):
-            for start in range(0, len(prompts), self.batch_size):
+        recorded, ranks, starts = _Recorded(), Ranks.current(), range(0, len(prompts), self.batch_size)
+        mine = ranks.share(starts)
+        some = mine or starts[:1]  # a rank with nothing to record learns the timesteps from the first prompts
+        silent = not self.progress or ranks.rank > 0
+        with ranks.reporting(), self._quiet():
+            for start in tqdm(some, desc="Recording latents", unit="batch", disable=silent):
                 chunk = prompts[start : start + self.batch_size]
                 recorder = _Recorder(steps, len(chunk), self._is_guided)
                 with self._on_denoisers(recorder):
                     self._call(chunk, start, **self.call_options)
                 recorded.add(recorder)
-                bar.update(len(chunk))
+        recorded.latents = [ranks.gather(latents if mine else latents[:0]) for latents in recorded.latents]
         return recorded
 
     def _is_guided(self) -> bool:
