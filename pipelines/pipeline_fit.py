@@ -100,6 +100,8 @@ class PipelineFit:
         ):
             if value not in known:
                 raise ValueError(f"{option} must be one of {', '.join(known)}, got {value!r}")
+        if "prompt" not in self.parameters:
+            raise ValueError(f"{type(self.pipe).__name__} takes no prompt, and maps are fitted from prompts")
         unknown = [option for option in self.call_options if option not in self.parameters]
         if unknown:
             raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import diffusers
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -12,7 +13,7 @@ from peft import LoraConfig
 
 import tiny_models
 from actmaps.maps import ActMap, ActMapMetadata, AffineMap
-from actmaps.pipelines import StableDiffusionACTPipeline
+from actmaps.pipelines import StableDiffusionACTPipeline, act_pipeline_class
 
 SOURCE = ["a cat", "a dog", "a house"]
 TARGET = ["a cat, ink", "a dog, ink", "a tree, ink", "a car, ink"]
@@ -400,6 +401,7 @@ def test_prompt_embeds_make_text_encoder_maps_inert_with_a_warning(pipe, caplog)
         (lambda p: generate(p, act_strength=[1.0, 0.5, 0.0]), "no multiple of the 3 row strengths"),
         (lambda p: p.delete_act_maps("pen"), "no act map named 'pen'"),
         (lambda p: p.fit_act_map([], TARGET), "source_prompts is empty"),
+        (lambda p: p.fit_act_map(SOURCE, TARGET, call_options={"frames": 3}), "takes no 'frames'; it takes callback"),
         (lambda p: p.fit_act_map(SOURCE, "ink"), "target_prompts is one string"),
         (lambda p: p.fit_act_map(SOURCE, [None]), r"target_prompts\[0\] is NoneType"),
         (lambda p: p.fit_act_map(SOURCE, TARGET, rows="uncond"), "rows must be one of cond, both"),
@@ -415,6 +417,22 @@ def test_errors_name_the_culprit_and_the_remedy(pipe, action, message):
     with pytest.raises(ValueError, match=message):
         action(pipe)
     assert hook_count(pipe) == 0
+
+
+def test_a_pipeline_without_prompts_is_refused():
+    kind = act_pipeline_class("DDPMPipeline")
+    pipe = kind(
+        diffusers.UNet2DModel(
+            8,
+            block_out_channels=(8,),
+            down_block_types=("DownBlock2D",),
+            up_block_types=("UpBlock2D",),
+            norm_num_groups=4,
+        ),
+        diffusers.DDPMScheduler(),
+    )
+    with pytest.raises(ValueError, match="DDPMACTPipeline takes no prompt"):
+        pipe.fit_act_map(SOURCE, TARGET)
 
 
 def test_a_strength_of_another_type_is_refused(pipe):
