@@ -10,6 +10,7 @@ from torch import Tensor
 from ..maps import ActMap
 from ..maps.masks import as_mask
 from ..maps.sites import closest
+from ..pipelines.strength_text import parse_block_strengths, parse_curve
 from .schema import ActMapType, advanced, percent, schema, strength
 from .steering import AppliedMap, steered_clip, steered_model
 from .translation import denoiser_places, encoder_places
@@ -73,6 +74,27 @@ class ACTApplyMap(io.ComfyNode):
                         tooltip="Apply the sites that this model has, where the map was made for another one, instead of stopping.",
                     )
                 ),
+                advanced(
+                    io.String.Input(
+                        "strength_curve",
+                        default="",
+                        optional=True,
+                        tooltip="A factor on strength_model that changes over the run, as points percent:factor with straight lines "
+                        "between them: 0:1.2, 0.5:0.8, 0.6:0. Percents count as in start_percent and end_percent, outside of which "
+                        "nothing is moved. Empty: 1 all the time.",
+                    )
+                ),
+                advanced(
+                    io.String.Input(
+                        "block_strengths",
+                        default="",
+                        multiline=True,
+                        dynamic_prompts=False,
+                        optional=True,
+                        tooltip="Factors on the strengths by the beginning of site names, one per line: unet.up_blocks: 0.5. The longest "
+                        "that fits a site counts, and 1 for what none fits. Inspect AcT Map shows such names.",
+                    )
+                ),
             ],
             outputs=[
                 io.Model.Output("steered_model", display_name="MODEL", tooltip="The steered model."),
@@ -93,24 +115,34 @@ class ACTApplyMap(io.ComfyNode):
         partial: bool = False,
         clip: CLIP | None = None,
         mask: Tensor | None = None,
+        strength_curve: str = "",
+        block_strengths: str = "",
     ) -> io.NodeOutput:
         if start_percent >= end_percent:
             raise ValueError(f"start_percent ({start_percent:g}) must be below end_percent ({end_percent:g})")
+        curve = parse_curve(strength_curve) if strength_curve.strip() else None
+        factors = parse_block_strengths(block_strengths, act_map)
         denoiser = denoiser_places(model.model)
         encoders = {} if clip is None else encoder_places(clip.cond_stage_model)
         known = {*denoiser, *(site for places in encoders.values() for site in places)}
         missing = [site for site in act_map if site not in known]
         if missing and not partial:
             raise ValueError(_unmatched(act_map, missing, known, has_clip=clip is not None))
-        of_denoiser = [site for site in act_map if site in denoiser]
         if len(missing) == len(act_map):
             raise ValueError(
                 f"act map {act_map.metadata.name!r} has no site in common with this model; it cannot be applied"
             )
+        if any(factor != 1 for factor in factors.values()):
+            moved = {site: affine.at(factors[site]) for site, affine in act_map.items() if factors[site] != 0}
+            if not moved:
+                return io.NodeOutput(model, clip)
+            act_map = ActMap(moved, act_map.metadata)
+        of_denoiser = [site for site in act_map if site in denoiser]
         if of_denoiser and strength_model != 0:
             part = act_map if len(of_denoiser) == len(act_map) else act_map.select(of_denoiser)
             area = None if mask is None else as_mask(mask.clamp(0, 1))
-            model = steered_model(model, AppliedMap(part, strength_model, start_percent, end_percent, rows, area))
+            applied = AppliedMap(part, strength_model, start_percent, end_percent, rows, mask=area, curve=curve)
+            model = steered_model(model, applied)
         if clip is not None and strength_clip != 0:
             clip = steered_clip(clip, act_map, strength_clip)
         return io.NodeOutput(model, clip)

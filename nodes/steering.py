@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,12 +20,15 @@ from torch import Tensor
 from ..maps import ActMap
 from ..maps.masks import resized
 from ..maps.places import Places
+from ..pipelines.strength import Schedule
 from .forwards import ArmedModel
 from .translation import denoiser_places, encoder_places, text_tokens
 
 KEY = "actmaps"
 # Of each model the latest combinations of maps stay armed, which saves looking up their sites again.
 _KEPT_COMBINATIONS = 8
+# A curve takes the run for this many steps, whatever the sampler's: percents of four decimals are met exactly.
+_CURVE_STEPS = 10_000
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class AppliedMap:
         start_percent, end_percent: part of the sampling run, as fractions of its noise schedule, in which the map acts.
         rows: "positive" steers the positive conditioning only, "both" the negative one too.
         mask: (pictures or 1, 1, H, W), a factor on the displacement at each position of the picture; None moves all in full.
+        curve: a factor on the strength at each place of the run; None is 1 everywhere.
     """
 
     act_map: ActMap
@@ -44,6 +49,7 @@ class AppliedMap:
     end_percent: float = 1.0
     rows: str = "positive"
     mask: Tensor | None = None
+    curve: Schedule | None = None
 
 
 def steered_model(model: ModelPatcher, applied: AppliedMap) -> ModelPatcher:
@@ -72,16 +78,17 @@ class SteeredSampling:
         options = _argument(args, kwargs, 5, "transformer_options") or {}
         model: BaseModel = executor.class_obj
         sigma = float((args[1] if options.get("sigmas") is None else options["sigmas"]).flatten()[0])
-        acting: list[tuple[AppliedMap, Tensor | None]] = []
+        acting: list[tuple[AppliedMap, float, Tensor | None]] = []
         for applied in self.applied:
             factors = _row_factors(applied, options.get("cond_or_uncond"), x.shape[0])
-            if applied.strength != 0 and factors.any() and _acts(applied, model, sigma):
-                acting.append((applied, None if factors.all() else factors))
+            strength = _strength(applied, model, sigma)
+            if strength != 0 and factors.any():
+                acting.append((applied, strength, None if factors.all() else factors))
         if not acting:
             return executor(*args, **kwargs)
-        armed = _armed(model, tuple(applied.act_map for applied, _ in acting), options.get("sample_sigmas"))
-        for arm, (applied, rows) in zip(armed.arms, acting, strict=True):
-            arm.strength, arm.rows = applied.strength, rows
+        armed = _armed(model, tuple(applied.act_map for applied, _, _ in acting), options.get("sample_sigmas"))
+        for arm, (applied, strength, rows) in zip(armed.arms, acting, strict=True):
+            arm.strength, arm.rows = strength, rows
             arm.mask = None if applied.mask is None else _mask_of_rows(applied.mask, x, options.get("cond_or_uncond"))
         token = text_tokens.set(context.shape[1] if isinstance(context, Tensor) and context.ndim > 1 else 0)
         try:
@@ -95,10 +102,18 @@ def _argument(args: Sequence[Any], kwargs: dict[str, Any], index: int, name: str
     return args[index] if len(args) > index else kwargs.get(name)
 
 
-def _acts(applied: AppliedMap, model: BaseModel, sigma: float) -> bool:
-    """Whether the noise level lies in the part of the run in which the map acts."""
-    start, end = (model.model_sampling.percent_to_sigma(p) for p in (applied.start_percent, applied.end_percent))
-    return end < sigma <= start
+def _strength(applied: AppliedMap, model: BaseModel, sigma: float) -> float:
+    """The strength of a map at a noise level: 0 outside of the part of the run in which it acts."""
+    sigma_at = model.model_sampling.percent_to_sigma
+    if not sigma_at(applied.end_percent) < sigma <= sigma_at(applied.start_percent):
+        return 0.0
+    if applied.curve is None:
+        return applied.strength
+    # The last step that is at least as noisy; noise falls, its negative rises. Known from the noise level, the place is right
+    # for samplers that call the model several times per step, too.
+    steps = range(_CURVE_STEPS + 1)
+    step = bisect_right(steps, -sigma, key=lambda step: -sigma_at(step / _CURVE_STEPS)) - 1
+    return applied.strength * applied.curve(step, _CURVE_STEPS)
 
 
 def _row_factors(applied: AppliedMap, cond_or_uncond: Sequence[int] | None, batch: int) -> Tensor:

@@ -26,7 +26,17 @@ class Run:
 
 
 def sample(
-    model, clip, positive=SUBJECT, negative="", cfg=4.0, steps=4, seed=0, batch=1, negative_clip=None, at_step=None
+    model,
+    clip,
+    positive=SUBJECT,
+    negative="",
+    cfg=4.0,
+    steps=4,
+    seed=0,
+    batch=1,
+    negative_clip=None,
+    at_step=None,
+    sampler="euler",
 ):
     """A run as KSampler makes it. `at_step(step)` is called at the end of each step."""
     latent = comfy.sample.fix_empty_latent_channels(model, torch.zeros(batch, 4, 8, 8))
@@ -44,7 +54,7 @@ def sample(
             noise,
             steps,
             cfg,
-            "euler",
+            sampler,
             "simple",
             encode(clip, positive),
             encode(negative_clip or clip, negative),

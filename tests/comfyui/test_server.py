@@ -80,6 +80,12 @@ def test_all_nodes_are_there_and_explain_themselves(server):
         "sampler_name", "scheduler", "rows", "latents", "pooling", "positions", "support", "batch_size", "site_pattern", "offload",
     }  # fmt: skip
     apply = ours["ACTApplyMap"]["input"]["required"]
+    later = ours["ACTApplyMap"]["input"]["optional"]  # behind the others, so that saved graphs keep their values
+    assert [name for name, spec in later.items() if spec[0] == "STRING"] == ["strength_curve", "block_strengths"]
+    assert all(
+        later[name][1]["advanced"] and later[name][1]["default"] == ""
+        for name in ("strength_curve", "block_strengths")
+    )
     assert [apply[name][1]["display"] for name in ("strength_model", "strength_clip", "end_percent")] == ["slider"] * 3
 
 

@@ -346,6 +346,96 @@ def test_two_maps_share_a_picture(model, clip, act_map):
     torch.testing.assert_close(sample(both, clip, steps=2).latents, expected.latents)
 
 
+# Strengths over the run
+
+
+def test_a_curve_of_one_throughout_is_no_curve(model, clip, act_map, steered):
+    for curve in ("0:1", "0:1, 0.3:1, 1:1", ""):
+        assert torch.equal(sample(apply(model, act_map, strength_curve=curve)[0], clip).latents, steered.latents)
+
+
+def test_a_curve_multiplies_the_strength(model, clip, act_map):
+    by_curve, _ = apply(model, act_map, strength_model=0.8, strength_curve="0:0.5")
+    by_strength, _ = apply(model, act_map, strength_model=0.4)
+    assert torch.equal(sample(by_curve, clip).latents, sample(by_strength, clip).latents)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpm_2"])
+@pytest.mark.parametrize("percent", [0.25, 0.5])
+def test_a_curve_that_falls_to_zero_ends_where_end_percent_does(model, clip, act_map, sampler, percent):
+    by_curve, _ = apply(model, act_map, strength_curve=f"0:1, {percent - 0.0001:g}:1, {percent}:0")
+    by_end, _ = apply(model, act_map, end_percent=percent)
+    expected = sample(by_end, clip, sampler=sampler).latents
+    assert torch.equal(sample(by_curve, clip, sampler=sampler).latents, expected)
+    assert not torch.equal(sample(apply(model, act_map)[0], clip, sampler=sampler).latents, expected)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "places"),
+    [("euler", [0, 0.25, 0.5, 0.75]), ("heun", [0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75])],
+)
+def test_a_curve_is_read_at_the_place_of_each_call(model, clip, act_map, sampler, places):
+    read = []
+
+    def curve(step, steps):
+        read.append(step / steps)
+        return 1.0
+
+    sample(steered_model(model, AppliedMap(act_map, curve=curve)), clip, sampler=sampler)
+    assert read == pytest.approx(places, abs=2e-3)
+
+
+def test_a_curve_does_not_act_outside_of_the_part_of_the_run(model, clip, act_map):
+    whole = sample(apply(model, act_map, end_percent=0.5)[0], clip)
+    longer = sample(apply(model, act_map, end_percent=0.5, strength_curve="0.5:1, 0.6:2")[0], clip)
+    assert torch.equal(longer.latents, whole.latents)
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_a_compiled_model_is_not_compiled_again_along_a_curve(model, clip, act_map):
+    base = compiled(model)
+    sample(steered_model(base, AppliedMap(act_map)), clip)
+    frames = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    falling = {"strength_curve": "0:1.2, 1:0.2"}
+    run = sample(apply(base, act_map, **falling)[0], clip)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == frames
+    torch.testing.assert_close(
+        run.latents, sample(apply(model, act_map, **falling)[0], clip).latents, rtol=1e-4, atol=1e-4
+    )
+
+
+# Strengths of blocks
+
+
+def test_a_block_at_zero_is_a_map_without_its_sites(model, clip, act_map, steered):
+    rest = act_map.select(exclude=r"unet\.up_blocks\..*")
+    by_block = sample(apply(model, act_map, block_strengths="unet.up_blocks: 0")[0], clip).latents
+    assert torch.equal(by_block, sample(apply(model, rest)[0], clip).latents)
+    assert not torch.equal(by_block, steered.latents)
+
+
+def test_one_factor_for_all_sites_multiplies_both_strengths(model, clip):
+    both = strong_map(model, clip)
+    halved = apply(model, both, clip, block_strengths="unet: 0.5\ntext_encoder: 0.5")
+    plain = apply(model, both, clip, strength_model=0.5, strength_clip=0.5)
+    runs = [sample(m, c, negative_clip=clip).latents for m, c in (halved, plain)]
+    torch.testing.assert_close(*runs, rtol=1e-4, atol=1e-4)
+    assert torch.equal(embeddings(apply(model, both, clip, block_strengths="text_encoder: 0")[1]), embeddings(clip))
+
+
+def test_blocks_at_one_are_the_map_itself_and_all_at_zero_the_models_themselves(model, clip, act_map, steered):
+    ones, _ = apply(model, act_map, block_strengths="unet: 1\nunet.up_blocks: 1")
+    assert torch.equal(sample(ones, clip).latents, steered.latents)
+    assert apply(model, act_map, clip, block_strengths="unet: 0") == (model, clip)
+
+
+def test_misspelt_strengths_are_refused_by_the_node(model, act_map):
+    with pytest.raises(ValueError, match=r"begins with 'unet\.upblocks'; closest: unet\.up_blocks"):
+        apply(model, act_map, block_strengths="unet.upblocks: 0.5")
+    with pytest.raises(ValueError, match="'60:0' is outside of the run"):
+        apply(model, act_map, strength_curve="60:0")
+
+
 # Text encoders
 
 
