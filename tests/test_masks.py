@@ -208,6 +208,7 @@ def test_a_masked_flux_leaves_the_region_outside_of_an_output_alone():
 
 
 def test_a_mask_is_compiled_once_for_all_its_values():
+    torch._dynamo.reset()  # other tests have compiled the code of nn.Sequential
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Flatten(2), nn.Linear(64, 64))
     act_map = ActMap({**one_site(3), "unet.2": AffineMap(torch.rand(64), torch.rand(64))}).select(["0"])
     compiled, x = torch.compile(model, backend="eager", fullgraph=True), torch.randn(2, 3, 8, 8)
