@@ -209,8 +209,8 @@ def _places_of(module: nn.Module) -> dict[str, Place]:
 
 
 def _joins_streams(attention: nn.Module) -> bool:
-    """Whether an attention puts out both streams: those that project the text anew and out again do."""
-    return getattr(attention, "to_add_out", None) is not None
+    """Whether an attention puts out both streams: it projects the text out again, or leaves it to nobody in the last block."""
+    return getattr(attention, "to_add_out", None) is not None or getattr(attention, "context_pre_only", None) is True
 
 
 def whole_output(module: nn.Module) -> Place:

@@ -98,7 +98,7 @@ _SD3: Kin = {
     (".ff.net.2", ".x_block.mlp.fc2"): {
         ".norm1_context.norm": Part(".context_block.norm1"),
         ".norm1.norm": Part(".x_block.norm1"),
-        ".attn": Part(".x_block.attn.proj_drop"),
+        ".attn:image": Part(".x_block.attn.proj_drop"),
         ".attn2": Part(".x_block.attn2.proj_drop"),
         ".norm2": Part(".x_block.norm2"),
         ".ff.net.0": Part(".x_block.mlp.act"),
@@ -107,6 +107,7 @@ _SD3: Kin = {
     },
     # The last block has neither this layer nor a text stream.
     (".attn.to_add_out", ".context_block.attn.proj"): {
+        ".attn:text": Part(".context_block.attn.proj"),
         ".norm2_context": Part(".context_block.norm2"),
         ".ff_context.net.0": Part(".context_block.mlp.act"),
         ".ff_context": Part(".context_block.mlp"),
@@ -137,12 +138,14 @@ _AURAFLOW: Kin = {
         ".attn.norm_added_k": Part(".attn.k_norm1"),
         ".attn.norm_q": Part(".attn.q_norm2"),
         ".attn.norm_k": Part(".attn.k_norm2"),
-        ".attn": Part(".attn", 1),
+        ".attn:text": Part(".attn", 0),
+        ".attn:image": Part(".attn", 1),
         ".norm2_context": Part(".normC2"),
         ".ff_context": Part(".mlpC"),
         ".norm2": Part(".normX2"),
         ".ff": Part(".mlpX"),
-        "": Part("", 0),
+        ":text": Part("", 0),
+        ":image": Part("", 1),
     },
     (".norm1.linear", ".modCX.1"): {
         ".norm1.norm": Part(".norm1"),

@@ -28,8 +28,9 @@ UNTRANSLATED = {
         r"transformer\.(time_text_embed|condition_embedder|adaln_single(\.emb)?)"
     ),
     "attention of single blocks, computed in the block": (
-        r"transformer\.single_transformer_blocks\.\d+\.attn:(image|text)"
+        r"transformer\.single_transformer_blocks\.\d+\.attn"
     ),
+    "text that the last block of SD3 puts out for nobody": r"transformer\.transformer_blocks\.2\.attn:text",
     "down blocks, which put out the skip connections too": r"unet\.down_blocks\.\d+",
     "keys and values of PixArt, of all prompts of a batch in one row": r"transformer\..*\.attn2\.to_[kv]",
     "embeddings, which ComfyUI looks up before it calls the encoder": r"text_encoder.*(embeddings\b.*|embed_tokens|\.text_model)",
