@@ -237,8 +237,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--real-size", action="store_true", help="real widths and depths, for a GPU")
     parser.add_argument("--size", type=int, help="of latents; default: of the model")
     parser.add_argument("--rows", type=int, default=2, help="of the batch; half of them are unconditional")
-    parser.add_argument("--tokens", type=int, default=24, help="that the language model decodes in a run")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--tokens", type=int, default=16, help="that the language model decodes in a run")
+    parser.add_argument("--rounds", type=int, default=11)
     default = "inductor" if shutil.which("c++") or shutil.which("g++") or shutil.which("clang++") else "aot_eager"
     parser.add_argument(
         "--backend",

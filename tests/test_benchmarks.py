@@ -1,7 +1,6 @@
 """The benchmarks end to end at their smallest: what they report must be right, whatever the time that it took."""
 
 import importlib
-import importlib.util
 import json
 import os
 from contextlib import nullcontext
@@ -112,7 +111,6 @@ def test_overhead_compiled_models_are_steered_too(benchmark, tmp_path):
     assert plain["per_second"] == pytest.approx(1000 / plain["milliseconds"])
 
 
-@pytest.mark.skipif(importlib.util.find_spec("actmaps.maps.folding") is None, reason="this version has no fold()")
 def test_overhead_folded_models_do_what_hooks_do_and_blocks_cannot_fold(benchmark, tmp_path, capsys):
     arguments = ["--model", "sdxl", "flux", "--size", "8", "--rounds", "1", "--variant", "hooks", "folded"]
 
