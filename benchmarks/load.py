@@ -29,10 +29,10 @@ LOAD_TARGET, STRENGTH_TARGET = 100.0, 1.0  # milliseconds
 STEPS = {
     "load": "ActMap.load, its checks included; the file is in the system's cache",
     "arm": "steer(unet, act_map)",
-    "first layer": "after arming, the first steered layer of the forward: scale and shift of all 256 go to the device",
-    "a layer": "the same layer when they are there: the forward's own share",
+    "first layer": "after arming, the first steered layer of a forward, with whatever arming left to it",
+    "a layer": "the same layer again: the forward's own share",
     "set": "steering.strength = x",
-    "first layer again": "after that, the first steered layer of the forward: the same at the new strength",
+    "first layer again": "after that, the first steered layer of a forward",
     "remove": "steering.remove()",
 }
 Rounds = dict[str, list[float]]

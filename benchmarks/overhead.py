@@ -134,7 +134,7 @@ class Variants:
     def _compiled_as(self, name: str) -> Iterator[Callable[[], Tensor]]:
         if name not in self._compiled:
             module = shared_copy(self.model)
-            if name == "compiled hooks":  # before the first call, for later hooks would not be seen
+            if name == "compiled hooks":
                 self._kept.enter_context(steer(module, self.act_map))
             self._compiled[name] = torch.compile(module, backend=self.backend)
         module = self._compiled[name]
@@ -167,18 +167,16 @@ def measure(subject: Subject, run: Run, names: list[str], backend: str, rounds: 
     variants = Variants(subject, run, backend)
     setups, outputs, remarks = variants.setups(names), {}, []
     try:
-        # Two copies of a model share compiled code, unless hooks are looked at when it is chosen.
-        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
-            for name, setup in list(setups.items()):
-                try:
-                    with setup() as forward:
-                        outputs[name] = forward().float()
-                except ValueError as error:
-                    if name != "folded":
-                        raise
-                    remarks.append(f"{subject.title} cannot be folded: {textwrap.shorten(str(error), 200)}")
-                    del setups[name]
-            timings = side_by_side(setups, rounds, device)
+        for name, setup in list(setups.items()):
+            try:
+                with setup() as forward:
+                    outputs[name] = forward().float()
+            except ValueError as error:
+                if name != "folded":
+                    raise
+                remarks.append(f"{subject.title} cannot be folded: {textwrap.shorten(str(error), 200)}")
+                del setups[name]
+        timings = side_by_side(setups, rounds, device)
     finally:
         variants.close()
     return [_row(subject, run, name, timings, outputs) for name in setups], remarks
