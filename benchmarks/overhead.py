@@ -31,7 +31,7 @@ from actmaps.maps import ActMap, fold, steer
 from measuring import Setup, Timings, add_options, finished, side_by_side, started
 from random_models import MODELS, Subject, build
 
-TARGET_RATIO = 1.03
+TARGET_RATIO = 1.02
 # By name, what it is compared with.
 VARIANTS = {
     "plain": "plain",

@@ -27,9 +27,7 @@ UNTRANSLATED = {
     "sums and bundles of embeddings, computed in the model": (
         r"transformer\.(time_text_embed|condition_embedder|adaln_single(\.emb)?)"
     ),
-    "attention of single blocks, computed in the block": (
-        r"transformer\.single_transformer_blocks\.\d+\.attn"
-    ),
+    "attention of single blocks, computed in the block": (r"transformer\.single_transformer_blocks\.\d+\.attn"),
     "text that the last block of SD3 puts out for nobody": r"transformer\.transformer_blocks\.2\.attn:text",
     "down blocks, which put out the skip connections too": r"unet\.down_blocks\.\d+",
     "keys and values of PixArt, of all prompts of a batch in one row": r"transformer\..*\.attn2\.to_[kv]",
