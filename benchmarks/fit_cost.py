@@ -28,7 +28,7 @@ from actmaps.maps.sites import read_activations, resolve
 from measuring import Stopwatch, add_options, finished, in_new_process, memory, started
 from random_models import MODELS, Subject, build
 
-TARGET_RATIO = 1.15
+TARGET_RATIO = 1.1
 POSITIONS = 64
 Batches = dict[str, list[dict[str, Any]]]
 
