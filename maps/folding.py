@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from .act_map import ActMap
 from .affine import AffineMap
+from .arming import ArmedMap
 from .foldable import Layer, NotFoldableError, layer_of, owner_of, with_bias
 from .places import Place, Steerable, roots
-from .steering import ArmedMap, Steering, steer
+from .steering import Steering, steer
 
 _LISTED = 20  # sites in an error, for each reason
 # The folds of each module that are in force, in their order.

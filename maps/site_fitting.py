@@ -82,7 +82,9 @@ class SiteFitter:
     def _shared(self, site: str, sides: Sequence[Tensor], rows: Sequence[Sequence[int]]) -> FittedSite:
         ranks, units = self.ranks, sides[0].shape[1]
         swapped = ranks.swap_units(torch.cat(list(sides)), [n + m for n, m in zip(*rows, strict=True)])
-        of_ranks = swapped.split([count for pair in zip(*rows, strict=True) for count in pair])  # source, target, by turns
+        of_ranks = swapped.split(
+            [count for pair in zip(*rows, strict=True) for count in pair]
+        )  # source, target, by turns
         source, target = torch.cat(of_ranks[::2]), torch.cat(of_ranks[1::2])
         mine, failure = source.shape[1], None
         part = source.new_full((mine, 6), torch.nan)
