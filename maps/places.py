@@ -30,7 +30,6 @@ _STREAMS: dict[str, tuple[str, ...]] = {
                 "FluxTransformerBlock",
                 "FluxSingleTransformerBlock",
                 "Flux2TransformerBlock",
-                "Flux2SingleTransformerBlock",
             ),
             *(
                 "ChromaTransformerBlock",

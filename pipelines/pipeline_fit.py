@@ -43,15 +43,16 @@ class _Chunk:
     embeds: Any = None
 
 
-# The chunk whose prompts are being encoded now: one per micro-batch, which run in turns.
-_chunk: ContextVar[_Chunk | None] = ContextVar("chunk", default=None)
+# The micro-batch on whose behalf the pipeline is being called: micro-batches run in turns.
+_batch: ContextVar[dict[str, Any] | None] = ContextVar("batch", default=None)
 
 
 def known_embeds(encode: Callable[[], Any]) -> Any:
     """What `encode` returns, which is called once per chunk of a fit that does not change text encoders, and always outside of a fit."""
-    chunk = _chunk.get()
-    if chunk is None or not chunk.keeps_embeds:
+    batch = _batch.get()
+    if batch is None or not batch["chunk"].keeps_embeds:
         return encode()
+    chunk = batch["chunk"]
     if chunk.embeds is None:
         chunk.embeds = encode()
     return chunk.embeds
@@ -170,7 +171,6 @@ class PipelineFit:
     def _forward(self, batch: dict[str, Any]) -> None:
         """Call the pipeline on a micro-batch, up to the end of the denoiser's first call."""
         chunk = batch["chunk"]
-        _chunk.set(chunk)
         _batch.set(batch)
         unguided = without_guidance(self.parameters, self.components[self.denoisers[0]])
         options = {key: value for key, value in self.call_options.items() if key != "negative_prompt"}
@@ -242,10 +242,6 @@ class PipelineFit:
             yield
         finally:
             self.pipe.set_progress_bar_config(**config)
-
-
-# The micro-batch on whose behalf the pipeline is being called.
-_batch: ContextVar[dict[str, Any] | None] = ContextVar("batch", default=None)
 
 
 def _mask_samples(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -6,9 +6,10 @@ import diffusers
 import pytest
 import torch
 
+import actmaps
 import tiny_pipelines
 from actmaps.maps import ActMap, AffineMap
-from actmaps.pipelines import act_pipeline_class
+from actmaps.pipelines import ACTMixin, act_pipeline_class
 from tiny_pipelines import ARCHITECTURES
 
 SOURCE = ["a cat", "a dog"]
@@ -198,11 +199,19 @@ def test_variants_take_the_maps_of_their_text_to_image_pipeline(name, variant):
     assert torch.equal(generate(pipe, name, act_strength=0, **options), plain)
 
 
-def test_every_text_to_image_pipeline_of_diffusers_has_a_class():
-    kinds = [name for name in dir(diffusers) if name.endswith("Pipeline") and not name.startswith(("Flax", "Onnx"))]
-    assert len(kinds) > 100
-    assert act_pipeline_class("FluxPipeline") is act_pipeline_class(diffusers.FluxPipeline)
-    assert act_pipeline_class(act_pipeline_class("FluxPipeline")) is act_pipeline_class("FluxPipeline")
+def test_every_pipeline_of_diffusers_has_a_class():
+    named = [(name, getattr(diffusers, name)) for name in dir(diffusers) if name.endswith("Pipeline")]
+    kinds = {
+        name: kind for name, kind in named if isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)
+    }
+
+    assert len(kinds) > 200
+    for name, kind in kinds.items():
+        made = act_pipeline_class(name)
+        assert made.__name__ == name.removesuffix("Pipeline") + "ACTPipeline"
+        assert issubclass(made, ACTMixin)
+        assert issubclass(made, kind)
+        assert getattr(actmaps, made.__name__) is act_pipeline_class(kind) is act_pipeline_class(made) is made
 
 
 def test_a_cache_that_skips_blocks_refuses_maps_on_their_outputs():
